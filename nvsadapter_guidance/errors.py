@@ -1,0 +1,9 @@
+"""The one exception that a user's mistake raises."""
+
+
+class InputError(ValueError):
+    """Something the user gave cannot be used.
+
+    The message is one line that says what is wrong, where (file or key) and what to do. Commands print it
+    as ``error: <message>`` on stderr and exit with code 2; library callers catch it like any ``ValueError``.
+    """
