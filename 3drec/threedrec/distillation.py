@@ -1,0 +1,106 @@
+"""Score distillation: the stages in which the guidance judges random views of the scene."""
+
+from collections.abc import Callable
+
+import torch
+
+from threedrec.cameras import Cameras, RandomCameraSampler
+from threedrec.config_schema import FreqConfig
+from threedrec.guidance.protocol import Guidance
+from threedrec.image import SupportView
+from threedrec.imagined_views import view_fit
+from threedrec.loop import Loop, StepResult
+from threedrec.optimizer import build_optimizer, scheduled_factor, set_learning_rate
+from threedrec.report import contact_sheet
+from threedrec.results import save_validation
+from threedrec.run import Run
+from threedrec.steps import Supervision, joined
+
+
+class Distillation:
+    """One step of score distillation: the guidance's, the reference's and (if kept) the sampled views' losses."""
+
+    def __init__(self, run: Run) -> None:
+        """Load the guidance; the stage begins with it."""
+        system, data = run.config.system, run.config.data
+        self.run = run
+        self.guidance: Guidance = run.load_guidance()
+        self.supervision = Supervision(
+            run.scene, system.loss, system.ambient_ratio_min, data.rays_noise_scale, system.ref_rays
+        )
+        self.sampler = RandomCameraSampler(data.random_camera)
+        self.keep_weight = run.warm_start.keep_weight if run.warm_start is not None else 0.0
+        self.view_fit = view_fit(run) if self.keep_weight > 0 else None
+        self._supports: dict[tuple[int, int], SupportView] = {}
+
+    def __call__(self, index: int) -> StepResult:
+        """Losses of step ``index``, counted from the beginning of distillation."""
+        run, freq = self.run, self.run.config.system.freq
+        generator = run.generator("distill", index)
+        run.scene.renderer.update(run.fit_steps + index, generator)
+        reference, guided = turn(freq, index)
+        results = []
+        with run.fabric.autocast():
+            if guided:
+                cameras = self.sampler(index, generator)
+                result, rgb = self.supervision.guidance(self.guidance, cameras, index, generator)
+                results.append(result)
+            if reference:
+                results.append(self.supervision.reference(self._support(index), index, generator))
+            if self.view_fit is not None:
+                result = self.view_fit(1.0, generator)
+                results.append(StepResult(self.keep_weight * result.loss, result.terms))
+        if guided and freq.guidance_eval > 0 and (index + 1) % freq.guidance_eval == 0:
+            self._save_preview(rgb, cameras, index)
+        return joined(*results)
+
+    def _support(self, index: int) -> SupportView:
+        size = self.run.config.data.size_at(index)
+        if size not in self._supports:
+            self._supports[size] = self.run.support.resized(*size)
+        return self._supports[size]
+
+    def _save_preview(self, rgb: torch.Tensor, cameras: Cameras, index: int) -> None:
+        """What the guidance was shown, and what it would rather see."""
+        generator = self.run.generator("preview", index)
+        with torch.no_grad():
+            wanted = self.guidance.preview(rgb, cameras, index, generator)
+        shown = rgb.permute(0, 3, 1, 2)
+        shown = torch.nn.functional.interpolate(shown, wanted.shape[1:3], mode="bilinear").permute(0, 2, 3, 1)
+        path = self.run.save_dir / f"it{index + 1}-guidance.png"
+        contact_sheet({"seen": shown.cpu(), "wanted": wanted.float().clamp(0, 1).cpu()}, path)
+
+
+def turn(freq: FreqConfig, index: int) -> tuple[bool, bool]:
+    """Whether step ``index`` looks at the reference, and whether it asks the guidance."""
+    if freq.ref_or_nvsadapter == "accumulate":
+        return True, True
+    reference = index < freq.ref_only_steps or index % freq.n_ref == 0
+    return reference, not reference
+
+
+def distill(run: Run, stage: str, first: int, last: int) -> int:
+    """Do the steps ``first`` to ``last`` of distillation. One optimiser serves all stages of it."""
+    step = Distillation(run)
+    system, checkpoint = run.config.system, run.resumed
+    done = first
+    if run.optimizer is None:
+        run.optimizer = run.fabric.setup_optimizers(build_optimizer(run.scene.renderer, system.optimizer))
+        if checkpoint is not None and checkpoint.stage in DISTILLATION and checkpoint.optimizer:
+            run.restore_optimizer(run.optimizer)
+            done = max(first, checkpoint.step)
+    optimizer = run.optimizer
+
+    def after(count: int) -> None:
+        if count % run.config.trainer.val_check_interval == 0 and count < last:
+            save_validation(run, f"it{count}")
+
+    def rate(index: int) -> None:
+        set_learning_rate(optimizer, scheduled_factor(system.scheduler, index))
+
+    run.runner.run(Loop(stage, done, last, step, optimizer, rate, after))
+    save_validation(run, stage)
+    return last
+
+
+DISTILLATION = ("coarse", "fine")

@@ -1,0 +1,144 @@
+"""The NVS-Adapter as a guidance: sampled views for the warm start, score distillation after it."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Optional
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nvsadapter_guidance.guidance import ScoreDistillation
+from nvsadapter_guidance.model import NVSModel
+from nvsadapter_guidance.pipeline import Poses, sample
+from nvsadapter_guidance.weights import choose_weights
+from threedrec.cameras import Cameras
+from threedrec.errors import InputError
+from threedrec.guidance.protocol import GuidanceOutput
+from threedrec.image import SupportView
+from threedrec.schedules import Schedule, value_at
+from threedrec.warm_start import WarmStartConfig
+
+logger = logging.getLogger(__name__)
+
+PREVIEW_NOISE = 0.5
+"""Share of the noise schedule from which previews are denoised."""
+
+
+@dataclass
+class NVSAdapterGuidanceConfig:
+    """``system.guidance``; names and defaults of the released project, and a few of ours."""
+
+    pretrained: str = "auto"
+    """``auto`` (released weights when found, otherwise the embedded model), ``mini``, ``released``, or a path."""
+    pretrained_model_name_or_path: str = ""
+    """The released project's name for a checkpoint file; wins over ``pretrained`` when set."""
+    pretrained_config: str = ""
+    """The released project's configuration beside its checkpoint."""
+    cond_image_path: str = ""
+    """Declared by the released project; the support view is always ``data.image_path``."""
+    cond_elevation_deg: float = 0.0
+    cond_azimuth_deg: float = 0.0
+    cond_camera_distance: float = 1.5
+    cond_fovy_deg: float = 49.1
+    guidance_scale: float = field(default=3.0, metadata={"ge": 0})
+    """Classifier-free guidance of score distillation."""
+    min_step_percent: Schedule = 0.02
+    """Smallest noise, as a share of the schedule."""
+    max_step_percent: Schedule = 0.98
+    """Largest noise, as a share of the schedule."""
+    num_query: int = field(default=4, metadata={"ge": 1})
+    """Views judged together."""
+    grad_clip: Optional[Schedule] = None
+    """Largest entry of the gradient on the latents; None for no clipping."""
+    warm_start: WarmStartConfig = field(default_factory=lambda: WarmStartConfig(enabled=False))
+    """Sample views and fit the field to them first."""
+
+
+class NVSAdapterGuidance:
+    """Implements ``threedrec.guidance.protocol.Guidance`` and ``ViewSampler``.
+
+    Raises:
+        InputError: the weights are missing, damaged, or of a kind that cannot be loaded.
+    """
+
+    Config = NVSAdapterGuidanceConfig
+
+    def __init__(self, config: NVSAdapterGuidanceConfig, device: torch.device) -> None:
+        self.config = config
+        choice = choose_weights(config.pretrained_model_name_or_path or config.pretrained)
+        if choice.family == "released":
+            raise InputError(
+                f"{choice.path}: this version cannot load the released checkpoint yet; use "
+                "system.guidance.pretrained=mini for the embedded model"
+            )
+        logger.info("guidance: %s", choice.reason)
+        self.model = NVSModel.load(choice.path).to(device)
+        self.description = f"{self.model.config.name} ({choice.reason.split(';')[0]})"
+        self.distillation = ScoreDistillation(self.model, config.guidance_scale, config.num_query)
+
+    @staticmethod
+    def model_family(pretrained: str) -> str:
+        """``mini`` or ``released``: what ``pretrained`` leads to, without loading it."""
+        return choose_weights(pretrained).family
+
+    def prepare(self, support: SupportView) -> None:
+        """Encode the support view; its posterior sample comes from a generator of its own, seeded with zero."""
+        generator = torch.Generator(self.model.device).manual_seed(0)
+        image = _to_model(support.rgb[None]).to(self.model.device)
+        self.distillation.prepare(image, _poses(support.camera, self.model.device), generator)
+
+    def __call__(
+        self, rgb: Float[Tensor, "B H W 3"], cameras: Cameras, step: int, generator: torch.Generator
+    ) -> GuidanceOutput:
+        """Score distillation on rendered views."""
+        clip = self.config.grad_clip
+        self.distillation.max_norm = None if clip is None else value_at(clip, step)
+        shares = value_at(self.config.min_step_percent, step), value_at(self.config.max_step_percent, step)
+        result = self.distillation(_to_model(rgb), _poses(cameras, rgb.device), shares, generator)
+        timestep = result.timesteps.float().mean()
+        return GuidanceOutput(result.loss, {"grad_norm": result.gradient_norm, "timestep": timestep})
+
+    def preview(
+        self, rgb: Float[Tensor, "B H W 3"], cameras: Cameras, step: int, generator: torch.Generator
+    ) -> Float[Tensor, "B H W 3"]:
+        """One-step denoising of rendered views."""
+        images = self.distillation.preview(_to_model(rgb), _poses(cameras, rgb.device), PREVIEW_NOISE, generator)
+        return _from_model(images)
+
+    def sample_views(
+        self,
+        cameras: Cameras,
+        generator: torch.Generator,
+        num_inference_steps: int,
+        guidance_scale: float,
+        on_step: Callable[[int, int], None] | None = None,
+    ) -> Float[Tensor, "B H W 3"]:
+        """Sample views in overlapping groups; call :meth:`prepare` first."""
+        if self.distillation.conditions is None:
+            raise RuntimeError("call prepare() with the support image before sampling views")
+        device = self.model.device
+        images = sample(
+            self.model,
+            self.distillation.conditions,
+            _poses(cameras, device),
+            generator,
+            num_inference_steps,
+            guidance_scale,
+            groups_per_call=8 if device.type == "cuda" else 1,
+            on_step=on_step,
+        )
+        return _from_model(images)
+
+
+def _poses(cameras: Cameras, device: torch.device) -> Poses:
+    return Poses(cameras.azimuth.to(device), cameras.elevation.to(device), cameras.distance.to(device))
+
+
+def _to_model(rgb: Float[Tensor, "B H W 3"]) -> Float[Tensor, "B 3 H W"]:
+    return rgb.permute(0, 3, 1, 2) * 2.0 - 1.0
+
+
+def _from_model(images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B H W 3"]:
+    return (images.permute(0, 2, 3, 1) + 1.0) / 2.0

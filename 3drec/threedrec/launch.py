@@ -1,0 +1,229 @@
+"""From command-line arguments to a finished job: config, device, run folder, reconstruction."""
+
+import logging
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from threedrec.errors import InputError
+from threedrec.terminal import command_line
+
+if TYPE_CHECKING:
+    import torch
+
+    from threedrec.config_schema import ExperimentConfig
+
+logger = logging.getLogger(__name__)
+
+Mode = Literal["train", "validate", "test", "export"]
+AUTO = "auto"
+CHECKPOINTS = "ckpts"
+PARSED = Path("configs") / "parsed.yaml"
+
+
+@dataclass
+class Job:
+    """One command, before anything is read."""
+
+    mode: Mode
+    config: str
+    overrides: Sequence[str] = ()
+    """``dotted.key=value`` as typed."""
+    values: Mapping[str, Any] | None = None
+    """Config values from other options of the command line."""
+    gpu: str = AUTO
+
+
+def run_job(job: Job) -> Path:
+    """Do the job and return its run folder.
+
+    Raises:
+        InputError: any mistake in the config, the image, the checkpoint or the output folder.
+    """
+    from threedrec.config import changed_keys, dump_config, load_config
+
+    if job.gpu != "cpu":
+        os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    device = choose_device(job.gpu)
+    config = load_config(job.config, job.overrides, values=job.values, device_type=device.type)
+    _check_image(config.data.image_path)
+    run_dir = open_run(config, job.mode)
+    if config.resume and (run_dir / PARSED).is_file():
+        changed = changed_keys(config, run_dir / PARSED)
+        if changed:
+            logger.warning("not as when the run began: %s", ", ".join(changed))
+    if job.mode == "train":
+        dump_config(config, run_dir / PARSED)
+        _record_command(run_dir)
+    logger.info("%s on %s, results in %s", job.mode, device, run_dir)
+
+    from threedrec.registry import find
+
+    reconstruction = find("system", config.system_type)(config, run_dir, device)
+    {
+        "train": reconstruction.train,
+        "validate": reconstruction.validate,
+        "test": reconstruction.test,
+        "export": reconstruction.export,
+    }[job.mode]()
+    return run_dir
+
+
+def choose_device(gpu: str) -> "torch.device":
+    """Return the device for ``--gpu``: "auto", "cpu", or CUDA ids of which the first is used.
+
+    Asking for a GPU on a machine without CUDA warns and gives the CPU.
+
+    Raises:
+        InputError: not of that form, or no GPU of that id.
+    """
+    import torch
+
+    if gpu == "cpu":
+        return torch.device("cpu")
+    if gpu == AUTO:
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"\d+(,\d+)*,?", gpu):
+        raise InputError(f"--gpu {gpu}: expected auto, cpu, or ids such as 0 or 0,1")
+    if not torch.cuda.is_available():
+        logger.warning("--gpu %s: no CUDA device here, using the CPU", gpu)
+        return torch.device("cpu")
+    ids = [int(entry) for entry in gpu.split(",") if entry]
+    found = torch.cuda.device_count()
+    missing = [index for index in ids if index >= found]
+    if missing:
+        raise InputError(f"--gpu {gpu}: no GPU {missing[0]}, this machine has 0 to {found - 1}")
+    if len(ids) > 1:
+        logger.warning("--gpu %s: one reconstruction uses one GPU, taking %d", gpu, ids[0])
+    return torch.device(f"cuda:{ids[0]}")
+
+
+def open_run(config: "ExperimentConfig", mode: Mode) -> Path:
+    """Return the run's folder, made and writable; completes ``config.resume``, ``timestamp`` and ``trial_dir``.
+
+    Raises:
+        InputError: nothing to resume where something must be, the folder holds another run, or it cannot be written.
+    """
+    if mode != "train" and config.resume is None:
+        config.resume = AUTO
+    if config.resume == AUTO:
+        found = newest_checkpoint(config)
+        if found is None and mode != "train":
+            raise InputError(f"resume: no checkpoint to {mode} under {_run_pattern(config)}; give resume=FILE")
+        if found is None:
+            logger.info("nothing to resume under %s, starting afresh", _run_pattern(config))
+        config.resume = None if found is None else str(found)
+    if config.resume is not None:
+        return _resumed_run(config)
+    run_dir = _new_run(config)
+    config.trial_dir = str(run_dir)
+    ensure_writable(run_dir)
+    return run_dir
+
+
+def newest_checkpoint(config: "ExperimentConfig") -> Path | None:
+    """Return the newest checkpoint of the newest run of this name and tag that has one, None without any."""
+    pattern = _run_pattern(config)
+    runs = [pattern] if config.trial_dir else _runs(pattern.parent, config)
+    for run in sorted(runs, key=lambda run: run.name, reverse=True):
+        checkpoints = [file for file in (run / CHECKPOINTS).glob("[!.]*.ckpt") if file.is_file()]
+        if checkpoints:
+            return max(checkpoints, key=lambda file: file.stat().st_mtime_ns)
+    return None
+
+
+def ensure_writable(folder: Path) -> None:
+    """Make ``folder`` and prove by a small file that it can be written.
+
+    Raises:
+        InputError: it cannot; names the folder.
+    """
+    from threedrec.files import write_error
+
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable-") as probe:
+            probe.write(b"\0" * 4096)
+            probe.flush()
+    except OSError as error:
+        raise write_error(folder, error) from error
+
+
+def _new_run(config: "ExperimentConfig") -> Path:
+    from threedrec.lookup import output_root
+
+    if config.trial_dir:
+        run_dir = Path(config.trial_dir)
+        if (run_dir / PARSED).exists():
+            raise InputError(f"{run_dir}: holds a run already; add resume=auto to continue it, or name another folder")
+        return run_dir
+    if config.timestamp is None:
+        config.timestamp = datetime.now().strftime("@%Y%m%d-%H%M%S") if config.use_timestamp else ""
+    run_dir = output_root(config.exp_root_dir) / config.name / f"{_one_name(config.tag)}{config.timestamp}"
+    # Two runs that start in one second must not share a folder.
+    unique, count = run_dir, 2
+    while config.use_timestamp and unique.exists():
+        unique, count = run_dir.with_name(f"{run_dir.name}-{count}"), count + 1
+    return unique
+
+
+def _resumed_run(config: "ExperimentConfig") -> Path:
+    from threedrec.lookup import find_path
+
+    checkpoint = find_path(str(config.resume))
+    if not checkpoint.is_file():
+        what = "is a folder, give a file from it" if checkpoint.is_dir() else "no such checkpoint"
+        raise InputError(f"resume: {config.resume}: {what}; resume=auto takes the newest run's")
+    config.resume = str(checkpoint)
+    run_dir = checkpoint.resolve().parent
+    if run_dir.name == CHECKPOINTS:
+        run_dir = run_dir.parent
+    config.trial_dir = str(run_dir)
+    stamp = re.search(r"@\d{8}-\d{6}(-\d+)?$", run_dir.name)
+    config.timestamp = stamp.group() if stamp else ""
+    ensure_writable(run_dir)
+    logger.info("resuming from %s", checkpoint)
+    return run_dir
+
+
+def _run_pattern(config: "ExperimentConfig") -> Path:
+    from threedrec.lookup import output_root
+
+    if config.trial_dir:
+        return Path(config.trial_dir)
+    return output_root(config.exp_root_dir) / config.name / f"{_one_name(config.tag)}@*"
+
+
+def _runs(folder: Path, config: "ExperimentConfig") -> list[Path]:
+    name = re.escape(_one_name(config.tag)) + r"(@\d{8}-\d{6}(-\d+)?)?"
+    return [run for run in folder.iterdir() if re.fullmatch(name, run.name)] if folder.is_dir() else []
+
+
+def _one_name(tag: str) -> str:
+    """Return ``tag`` as the name of one folder."""
+    return tag.replace("/", "_").replace(os.sep, "_")
+
+
+def _check_image(path: str) -> None:
+    """Refuse a missing image before a model is loaded."""
+    if not path:
+        raise InputError("data.image_path: no image given; add data.image_path=PHOTO.png")
+    if not Path(path).is_file():
+        raise InputError(f"data.image_path: {path}: {'is a folder' if Path(path).is_dir() else 'no such file'}")
+
+
+def _record_command(run_dir: Path) -> None:
+    """Append the command to ``cmd.txt``: a resumed run keeps the lines of its earlier lives."""
+    try:
+        with (run_dir / "cmd.txt").open("a", encoding="utf-8") as file:
+            file.write(command_line(sys.argv) + "\n")
+    except OSError as error:
+        from threedrec.files import write_error
+
+        raise write_error(run_dir / "cmd.txt", error) from error

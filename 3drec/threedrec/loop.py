@@ -1,0 +1,133 @@
+"""One optimisation loop: steps, their safety, and what is written on the way. The stages say what a step computes."""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor, nn
+
+from threedrec.checkpoint import Checkpoint, CheckpointKeeper
+from threedrec.loggers import Reporter
+
+logger = logging.getLogger(__name__)
+
+
+class DivergenceError(RuntimeError):
+    """The optimisation produced values that are not finite."""
+
+
+@dataclass
+class StepResult:
+    """What one step computed."""
+
+    loss: Tensor
+    """Scalar to minimise."""
+    terms: dict[str, Tensor | float] = field(default_factory=dict)
+    """Values to log, by name."""
+
+
+@dataclass
+class Loop:
+    """The steps ``first`` to ``last`` of a stage."""
+
+    stage: str
+    first: int
+    last: int
+    step: Callable[[int], StepResult]
+    optimizer: torch.optim.Optimizer
+    set_rate: Callable[[int], None]
+    """Sets the learning rates of a step."""
+    after: Callable[[int], None] = lambda step: None
+    """Called with the number of steps done (validation, previews)."""
+
+
+class LoopRunner:
+    """Runs loops on a device, and writes logs and checkpoints."""
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        scene: nn.Module,
+        keeper: CheckpointKeeper,
+        reporter: Reporter,
+        log_every_n_steps: int,
+        clip_norm: float | None,
+    ) -> None:
+        """Optimise ``scene``; see `TrainerConfig` for the numbers."""
+        self.fabric, self.scene, self.keeper, self.reporter = fabric, scene, keeper, reporter
+        self.log_every_n_steps, self.clip_norm = log_every_n_steps, clip_norm
+        self.finished: list[str] = []
+        self.extra: Callable[[], dict[str, Any]] = dict
+        """What checkpoints keep beside the model and the optimiser."""
+        self.last_terms: dict[str, float] = {}
+
+    def run(self, loop: Loop) -> None:
+        """Do the loop's steps.
+
+        Raises:
+            DivergenceError: a loss or a gradient is not finite.
+        """
+        with self.reporter.stage(loop.stage, loop.last, loop.first) as report:
+            for step in range(loop.first, loop.last):
+                loop.set_rate(step)
+                result = loop.step(step)
+                self._descend(loop, result, step)
+                done = step + 1
+                shown = self._log(loop.stage, done, result, force=done == loop.last)
+                report.update(done, shown)
+                loop.after(done)
+                if self.keeper.due(done):
+                    self.save(loop.stage, done, loop.optimizer)
+
+    def save(self, stage: str, done: int, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Write a checkpoint after ``done`` steps of ``stage``."""
+        checkpoint = Checkpoint(
+            stage=stage,
+            step=done,
+            finished=list(self.finished),
+            model=self.scene.state_dict(),
+            optimizer={} if optimizer is None else optimizer.state_dict(),
+            extra={**self.extra(), "precision": self.fabric.strategy.precision.state_dict()},
+        )
+        self.keeper.save(checkpoint)
+
+    def _descend(self, loop: Loop, result: StepResult, step: int) -> None:
+        """One step of the optimiser down ``result.loss``."""
+        if not bool(result.loss.detach().isfinite()):
+            raise DivergenceError(_describe(loop.stage, step, result))
+        loop.optimizer.zero_grad(set_to_none=True)
+        self.fabric.backward(result.loss)
+        scaled = self.fabric.strategy.precision.precision == "16-mixed"
+        if self.clip_norm is not None:
+            # Fabric undoes the gradient scale before it clips. Overflows of half precision are the scaler's business.
+            self.fabric.clip_gradients(
+                self.scene, loop.optimizer, max_norm=self.clip_norm, error_if_nonfinite=not scaled
+            )
+        elif not scaled and not _finite_gradients(loop.optimizer):
+            raise DivergenceError(f"stage {loop.stage}, step {step}: a gradient is not finite; {_ADVICE}")
+        loop.optimizer.step()
+
+    def _log(self, stage: str, done: int, result: StepResult, force: bool) -> dict[str, float]:
+        """Write the step's values to the loggers when it is their turn; return the newest known values."""
+        if force or done % self.log_every_n_steps == 0 or not self.last_terms:
+            values = {"loss": result.loss, **result.terms}
+            self.last_terms = {name: float(value) for name, value in values.items()}
+            self.fabric.log_dict({f"{stage}/{name}": value for name, value in self.last_terms.items()}, step=done)
+        return self.last_terms
+
+
+_ADVICE = "lower the learning rate (system.optimizer.args.lr) or set trainer.precision=32-true"
+
+
+def _describe(stage: str, step: int, result: StepResult) -> str:
+    bad = [name for name, value in result.terms.items() if not bool(torch.as_tensor(value).isfinite().all())]
+    return f"stage {stage}, step {step}: the loss is not finite ({', '.join(bad) or 'their sum'}); {_ADVICE}"
+
+
+def _finite_gradients(optimizer: torch.optim.Optimizer) -> bool:
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    # One sum is one pass without a mask, and is not finite as soon as one entry is not.
+    return all(bool(gradient.sum().isfinite()) for gradient in gradients)

@@ -1,0 +1,150 @@
+"""One photograph in, a textured mesh out: the reconstruction, stage by stage.
+
+    prepare -> views -> fit -> coarse -> fine -> test -> mesh
+
+"views" and "fit" are the warm start (`threedrec.imagined_views`), "coarse" and "fine" are score distillation before and
+after the first resolution milestone (`threedrec.distillation`). Every stage leaves pictures in ``save/`` and a
+checkpoint, from which a killed run goes on.
+"""
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from lightning.fabric import Fabric
+
+from threedrec.checkpoint import CheckpointKeeper, load_checkpoint, load_model
+from threedrec.config_schema import ExperimentConfig, SystemConfig, limited
+from threedrec.image import load_support_view, save_support_view
+from threedrec.loggers import Reporter, file_loggers
+from threedrec.loop import LoopRunner
+from threedrec.metrics import MetricsFile
+from threedrec.results import export, save_validation, test
+from threedrec.run import Run
+from threedrec.scene import Scene
+from threedrec.stages import plan
+
+logger = logging.getLogger(__name__)
+
+SUPPORT_SIZE = 512
+"""Pixels at which the photograph is kept; stages shrink it to what they need."""
+
+
+class Reconstruction:
+    """The system ``nvsadapter-system``: optimises a scene until the reference and a guidance agree with it."""
+
+    @dataclass
+    class Config(SystemConfig):
+        """``system``: threestudio's keys, and ours."""
+
+        ref_rays: int = limited(0, ge=0)
+        """Pixels of the reference looked at in each step of score distillation, on a regular grid with a random phase;
+        0 for all of them, as released."""
+
+    def __init__(self, config: ExperimentConfig, run_dir: Path, device: torch.device | str) -> None:
+        """Prepare a reconstruction; nothing is loaded or written yet.
+
+        Args:
+            config: with ``resume`` naming a checkpoint, the run continues (or is evaluated) from there.
+            run_dir: the run's folder.
+            device: "cpu" or a CUDA device.
+        """
+        self.config, self.run_dir, self.device = config, Path(run_dir), torch.device(device)
+
+    def train(self) -> None:
+        """Do all stages that are not done yet, and end with the turntable and the mesh.
+
+        Raises:
+            InputError: the image, the weights, the checkpoint or the output folder cannot be used.
+            DivergenceError: the optimisation produced values that are not finite.
+        """
+        run = self._open(logs=True)
+        resumed = run.resumed
+        with run.metrics.stage("prepare", self.device, resumed=resumed is not None):
+            save_support_view(run.support, run.save_dir / "input.png")
+            if resumed is None:
+                if self.config.trainer.num_sanity_val_steps > 0:
+                    save_validation(run, "it0")
+                run.runner.save("prepare", 0)
+        for stage in plan(run):
+            if stage.name in run.runner.finished:
+                logger.info("stage %s: done before", stage.name)
+                continue
+            logger.info("stage %s", stage.name)
+            again = resumed is not None and resumed.stage == stage.name
+            with run.metrics.stage(stage.name, self.device, resumed=again):
+                steps = stage.do(run)
+                run.runner.finished.append(stage.name)
+                run.runner.save(stage.name, steps, run.optimizer)
+            run.metrics.update({f"losses.{name}": value for name, value in run.runner.last_terms.items()})
+        _close(run)
+
+    def validate(self) -> None:
+        """Render the evaluation views of the checkpoint."""
+        run = self._open()
+        save_validation(run, "validate")
+
+    def test(self) -> None:
+        """Write the turntable of the checkpoint and compare the reference view."""
+        run = self._open()
+        with run.metrics.stage("test", self.device):
+            test(run)
+
+    def export(self) -> None:
+        """Write the mesh of the checkpoint."""
+        run = self._open()
+        with run.metrics.stage("mesh", self.device):
+            export(run)
+
+    def _open(self, logs: bool = False) -> Run:
+        """Build everything that the stages share, at the state of ``config.resume``."""
+        config = self.config
+        _repeatable(self.device)
+        fabric = _fabric(config, self.device, file_loggers(self.run_dir) if logs else [])
+        support = load_support_view(config.data, SUPPORT_SIZE).to(self.device)
+        scene = Scene(config.system, config.seed).to(self.device)
+        keep = config.checkpoint
+        keeper = CheckpointKeeper(self.run_dir / "ckpts", keep.every_n_train_steps, keep.save_last, keep.save_top_k)
+        reporter = Reporter(config.trainer.enable_progress_bar)
+        trainer = config.trainer
+        runner = LoopRunner(fabric, scene, keeper, reporter, trainer.log_every_n_steps, trainer.gradient_clip_val)
+        metrics = MetricsFile(self.run_dir / "metrics.json")
+        run = Run(config, self.run_dir, fabric, scene, support, metrics, keeper, runner, reporter)
+        runner.extra = lambda: {} if run.confidence is None else {"confidence": run.confidence.state_dict()}
+        start = config.resume or config.system.weights
+        if start:
+            checkpoint = load_checkpoint(Path(start), self.device)
+            load_model(scene, checkpoint, start)
+            if config.resume:
+                run.resumed = checkpoint
+                runner.finished = list(checkpoint.finished)
+        metrics.update({"recipe": config.recipe, "device": _device_name(self.device), "seed": config.seed})
+        return run
+
+
+def _fabric(config: ExperimentConfig, device: torch.device, loggers: list) -> Fabric:
+    """Fabric on one device, in the config's precision; the CPU computes in float32, where half precision is slower."""
+    precision = config.trainer.precision if device.type == "cuda" else "32-true"
+    devices = [device.index or 0] if device.type == "cuda" else 1
+    return Fabric(accelerator=device.type, devices=devices, precision=precision, loggers=loggers)
+
+
+def _repeatable(device: torch.device) -> None:
+    """Ask for the same results from the same seed where the device can give them."""
+    if device.type == "cuda":
+        # cuBLAS reads this when it is first used.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+
+
+def _close(run: Run) -> None:
+    for sink in run.fabric.loggers:
+        finalize = getattr(sink, "finalize", None)
+        if finalize is not None:
+            finalize("success")

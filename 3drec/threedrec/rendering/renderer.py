@@ -1,0 +1,293 @@
+"""From rays to images: march, drop what cannot be seen, ask the field, shade, composite."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from threedrec.cameras import Cameras
+from threedrec.errors import InputError
+from threedrec.field.background import NeuralEnvironmentMap, SolidBackground
+from threedrec.field.volume import FieldOutput, ImplicitVolume
+from threedrec.rendering.compositing import accumulate, render_weights, visible
+from threedrec.rendering.marching import Intervals, march
+from threedrec.rendering.occupancy import OccupancyGrid, step_length
+from threedrec.rendering.shading import DiffusePointLight, NoMaterial
+
+PERTURBATION = 1e-2
+"""Standard deviation, world units, of the neighbours whose normals 3D smoothness compares."""
+
+
+class Samples(NamedTuple):
+    """The N samples behind one render, packed by ray."""
+
+    weights: Float[Tensor, "N 1"]
+    density: Float[Tensor, "N 1"]
+    points: Float[Tensor, "N 3"]
+    dirs: Float[Tensor, "N 3"]
+    normal: Float[Tensor, "N 3"] | None
+    normal_perturbed: Float[Tensor, "N 3"] | None
+    """Normals of random neighbours, when ``return_normal_perturb`` is on (training only)."""
+    ray_indices: Int[Tensor, " N"]
+    distances: Float[Tensor, "N 1"]
+    """Of the points from the camera, world units."""
+    lengths: Float[Tensor, "N 1"]
+
+
+class RenderOutput(NamedTuple):
+    """What R rays see."""
+
+    rgb: Float[Tensor, "R 3"]
+    """Over the background."""
+    background: Float[Tensor, "R 3"]
+    opacity: Float[Tensor, "R 1"]
+    depth: Float[Tensor, "R 1"]
+    """sum w t along the ray, as released: the distance times the opacity."""
+    normal: Float[Tensor, "R 3"] | None
+    """World, unit length, or 0 where nothing is seen."""
+    z_variance: Float[Tensor, "R 1"]
+    """sum w (t - depth)^2."""
+    samples: Samples
+
+    @property
+    def normal_image(self) -> Float[Tensor, "R 3"]:
+        """Normals as colours, (n + 1) / 2 times the opacity; the form that 2D smoothness and pictures use."""
+        if self.normal is None:
+            raise ValueError("rendered without normals")
+        return 0.5 * (self.normal + 1.0) * self.opacity
+
+
+class VolumeRenderer(nn.Module):
+    """Renders a field by packed ray marching behind an occupancy grid (``renderer_type`` "nerf-volume-renderer")."""
+
+    @dataclass
+    class Config:
+        """Keys of ``system.renderer``."""
+
+        radius: float = 1.0
+        num_samples_per_ray: int = 512
+        """Steps along the diagonal of the box."""
+        eval_chunk_size: int = 160000
+        """Points per call of the networks outside training."""
+        randomized: bool = True
+        """In training, move each ray's samples at random by up to a step."""
+        near_plane: float = 0.0
+        far_plane: float = 1e10
+        return_comp_normal: bool = False
+        return_normal_perturb: bool = False
+        estimator: str = "occgrid"
+        grid_prune: bool = True
+        prune_alpha_threshold: bool = True
+        """Drop samples of opacity under 0.01 (under the grid's mean, when that is lower) before asking for colours."""
+        occupancy_resolution: int = 128
+        occupancy_interval: int = 16
+        """Steps between updates of the grid."""
+        occupancy_threshold: float = 0.01
+        occupancy_decay: float = 0.95
+        occupancy_warmup_steps: int = 256
+
+        def __post_init__(self) -> None:
+            if self.estimator != "occgrid":
+                raise InputError(f"renderer.estimator: unknown {self.estimator!r}; use occgrid")
+            for name in ("num_samples_per_ray", "eval_chunk_size", "occupancy_resolution", "occupancy_interval"):
+                if getattr(self, name) < 1:
+                    raise InputError(f"renderer.{name}: must be at least 1, got {getattr(self, name)}")
+            if self.radius <= 0:
+                raise InputError(f"renderer.radius: must be above zero, got {self.radius}")
+
+    def __init__(
+        self,
+        config: Config,
+        geometry: ImplicitVolume,
+        material: DiffusePointLight | NoMaterial,
+        background: SolidBackground | NeuralEnvironmentMap,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.geometry, self.material, self.background = geometry, material, background
+        self.step_size = step_length(config.radius, config.num_samples_per_ray)
+        self.grid = OccupancyGrid(
+            config.occupancy_resolution,
+            config.radius,
+            config.occupancy_threshold,
+            config.occupancy_decay,
+            config.occupancy_warmup_steps,
+            config.eval_chunk_size,
+        )
+
+    def update(self, step: int, generator: torch.Generator | None = None) -> None:
+        """Bring field levels, material and (every ``occupancy_interval`` steps) the occupancy grid to ``step``."""
+        self.geometry.update(step)
+        self.material.update(step)
+        if self.config.grid_prune and step % self.config.occupancy_interval == 0:
+            self.grid.update(step, self.geometry.density, self.step_size, generator)
+
+    def refresh(self, generator: torch.Generator | None = None) -> None:
+        """Rebuild the occupancy grid from the field as it is now; call once before evaluating a finished field."""
+        if self.config.grid_prune:
+            self.grid.refresh(self.geometry.density, self.step_size, generator)
+
+    def forward(
+        self,
+        rays_o: Float[Tensor, "R 3"],
+        rays_d: Float[Tensor, "R 3"],
+        *,
+        light_positions: Float[Tensor, "R 3"] | None = None,
+        ambient_ratio: float | None = 1.0,
+        shading: str | None = None,
+        generator: torch.Generator | None = None,
+        normals: bool = False,
+        bg_color: Float[Tensor, "R 3"] | None = None,
+    ) -> RenderOutput:
+        """Render rays.
+
+        Args:
+            rays_o, rays_d: world origins and unit directions.
+            light_positions: one point light per ray, world units; needed for lit shadings.
+            ambient_ratio: share of ambient light; None takes the material's colours.
+            shading: "albedo", "diffuse", "textureless", "normal", or None for the material's own choice.
+            generator: source of sample positions, shading and background draws.
+            normals: also return normals.
+            bg_color: overrides the background.
+        """
+        shading = self.material.choose(shading, generator)
+        wanted = normals or self.material.requires_normal(shading, ambient_ratio)
+        intervals = self.sample(rays_o, rays_d, generator)
+        rays = intervals.ray_indices
+        dirs, distances = rays_d[rays], intervals.middles[:, None]
+        points = rays_o[rays] + distances * dirs
+
+        field = self._field(points, wanted)
+        weights = render_weights(field.density[:, 0], intervals.lengths, rays)
+        lights = None if light_positions is None else light_positions[rays]
+        colors = self.material(field.features, points, field.normal, lights, shading, ambient_ratio, generator)
+        background = self.background(rays_d, generator) if bg_color is None else bg_color
+        perturbed = None
+        if field.normal is not None and self.training and self.config.return_normal_perturb:
+            perturbed = self.geometry.normal(points + PERTURBATION * _normal_like(points, generator))
+        samples = Samples(
+            weights[:, None],
+            field.density,
+            points,
+            dirs,
+            field.normal,
+            perturbed,
+            rays,
+            distances,
+            intervals.lengths[:, None],
+        )
+        return _composite(samples, colors, background)
+
+    @torch.no_grad()
+    def sample(
+        self, rays_o: Float[Tensor, "R 3"], rays_d: Float[Tensor, "R 3"], generator: torch.Generator | None = None
+    ) -> Intervals:
+        """Return the samples that can be seen: in occupied cells, not clear, and reached by at least 1e-4 of the light.
+
+        This asks the field for densities without gradient first; a third of the full cost at most, and what it removes
+        (most of what lies behind the first surface) then needs no colour, no normal and no backward pass.
+        """
+        config = self.config
+        jitter = None
+        if self.training and config.randomized:
+            device = rays_o.device if generator is None else generator.device
+            jitter = torch.rand(len(rays_o), generator=generator, device=device).to(rays_o)
+        intervals = march(
+            rays_o, rays_d, self.grid, self.step_size, config.near_plane, config.far_plane, jitter, config.grid_prune
+        )
+        points = rays_o[intervals.ray_indices] + intervals.middles[:, None] * rays_d[intervals.ray_indices]
+        density = [self.geometry.density(part)[:, 0] for part in points.split(config.eval_chunk_size)]
+        min_opacity = 0.0
+        if config.prune_alpha_threshold and config.grid_prune:
+            min_opacity = min(config.occupancy_threshold, self.grid.opacity.mean().item())
+        keep = visible(
+            torch.cat(density),
+            intervals.lengths,
+            intervals.ray_indices,
+            min_transmittance=1e-4,
+            min_opacity=min_opacity,
+        )
+        return intervals.select(keep.nonzero()[:, 0])
+
+    @torch.no_grad()
+    def render_image(
+        self,
+        cameras: Cameras,
+        chunk_rays: int | None = None,
+        *,
+        shading: str | None = None,
+        ambient_ratio: float | None = 1.0,
+        normals: bool = True,
+    ) -> dict[str, Float[Tensor, "B H W C"]]:
+        """Render whole images chunk by chunk, without gradient or randomness.
+
+        Args:
+            cameras: B views; their lights are used by lit shadings.
+            chunk_rays: rays at a time; by default as many as keep the tables of one chunk near 100 MB.
+            shading, ambient_ratio: as in ``forward``.
+            normals: also return "normal".
+
+        Returns:
+            "rgb", "opacity", "depth", "z_variance" and "normal" (world, unit or 0), each (B, H, W, C).
+        """
+        if chunk_rays is None:
+            chunk_rays = max(1024, 2**21 // self.config.num_samples_per_ray)
+        was_training = self.training
+        self.eval()
+        try:
+            frames = [
+                self._render_frame(cameras[index], chunk_rays, shading, ambient_ratio, normals)
+                for index in range(len(cameras))
+            ]
+        finally:
+            self.train(was_training)
+        shape = (len(cameras), cameras.height, cameras.width, -1)
+        return {name: torch.cat([frame[name] for frame in frames]).view(shape) for name in frames[0]}
+
+    def _render_frame(
+        self, camera: Cameras, chunk_rays: int, shading: str | None, ambient_ratio: float | None, normals: bool
+    ) -> dict[str, Tensor]:
+        rays_o, rays_d = (rays.reshape(-1, 3) for rays in camera.rays())
+        lights = camera.light_positions
+        parts: dict[str, list[Tensor]] = {}
+        for origins, directions in zip(rays_o.split(chunk_rays), rays_d.split(chunk_rays), strict=True):
+            output = self(
+                origins,
+                directions,
+                light_positions=None if lights is None else lights.expand_as(origins),
+                ambient_ratio=ambient_ratio,
+                shading=shading,
+                normals=normals,
+            )
+            for name in ("rgb", "opacity", "depth", "z_variance", *(["normal"] if normals else [])):
+                parts.setdefault(name, []).append(getattr(output, name))
+        return {name: torch.cat(values) for name, values in parts.items()}
+
+    def _field(self, points: Float[Tensor, "N 3"], normals: bool) -> FieldOutput:
+        chunk = self.config.eval_chunk_size
+        if torch.is_grad_enabled() or len(points) <= chunk:
+            return self.geometry(points, normals)
+        parts = [self.geometry(part, normals) for part in points.split(chunk)]
+        density, features, normal = zip(*parts, strict=True)
+        return FieldOutput(torch.cat(density), torch.cat(features), torch.cat(normal) if normals else None)
+
+
+def _composite(samples: Samples, colors: Float[Tensor, "N 3"], background: Float[Tensor, "R 3"]) -> RenderOutput:
+    """Sum samples along their rays and put the rest of the light onto the background."""
+    n_rays, weights, rays = len(background), samples.weights[:, 0], samples.ray_indices
+    columns = [torch.ones_like(samples.distances), samples.distances, colors]
+    if samples.normal is not None:
+        columns.append(samples.normal)
+    sums = accumulate(weights, torch.cat(columns, dim=-1), rays, n_rays)
+    opacity, depth, rgb = sums[:, :1], sums[:, 1:2], sums[:, 2:5]
+    normal = functional.normalize(sums[:, 5:8], dim=-1) if samples.normal is not None else None
+    z_variance = accumulate(weights, (samples.distances - depth[rays]).square(), rays, n_rays)
+    return RenderOutput(rgb + background * (1.0 - opacity), background, opacity, depth, normal, z_variance, samples)
+
+
+def _normal_like(points: Tensor, generator: torch.Generator | None) -> Tensor:
+    device = points.device if generator is None else generator.device
+    return torch.randn(points.shape, generator=generator, device=device).to(points)

@@ -1,0 +1,83 @@
+"""What comes out: pictures of the scene, numbers against the reference, the turntable and the mesh."""
+
+import logging
+
+import torch
+from torch import Tensor
+
+from threedrec import registry
+from threedrec.cameras import Cameras, turntable
+from threedrec.metrics import mask_iou, psnr, ssim
+from threedrec.report import before_after_sheet, contact_sheet, write_turntable
+from threedrec.run import Run
+
+logger = logging.getLogger(__name__)
+
+_SHEET_VIEWS = 8
+_ROWS = ("rgb", "normal", "depth", "opacity")
+
+
+def save_validation(run: Run, name: str) -> None:
+    """Write ``save/<name>-val.png``: the evaluation views as they are now."""
+    config = run.config.data.random_camera
+    cameras = turntable(config, config.n_val_views, config.eval_height, config.eval_width)
+    frames = run.scene.views(cameras)
+    contact_sheet({row: frames[row].cpu() for row in _ROWS}, run.save_dir / f"{name}-val.png", _labels(cameras))
+
+
+def test(run: Run) -> int:
+    """Write the turntable and its contact sheet, and compare the reference view."""
+    config = run.config.data.random_camera
+    run.scene.renderer.refresh(run.generator("test"))
+    save_reference_metrics(run)
+    cameras = turntable(config, config.n_test_views, config.eval_height, config.eval_width)
+    parts: list[dict[str, Tensor]] = []
+    with run.reporter.stage("test", len(cameras)) as report:
+        for start in range(0, len(cameras), config.eval_batch_size):
+            batch = cameras[start : start + config.eval_batch_size]
+            parts.append({name: frame.cpu() for name, frame in run.scene.views(batch).items() if name in _ROWS})
+            report.update(min(start + config.eval_batch_size, len(cameras)), {})
+    frames = {name: torch.cat([part[name] for part in parts]) for name in _ROWS}
+    write_turntable(frames, run.save_dir / "turntable.mp4")
+    shown = torch.arange(0, len(cameras), max(1, len(cameras) // _SHEET_VIEWS))[:_SHEET_VIEWS]
+    sheet = {name: images[shown] for name, images in frames.items()}
+    contact_sheet(sheet, run.save_dir / "turntable.png", _labels(cameras[shown]))
+    before_after_sheet(run.support.rgba(), sheet["rgb"], run.save_dir / "before-after.png", _labels(cameras[shown]))
+    return 0
+
+
+def save_reference_metrics(run: Run) -> None:
+    """Put PSNR, SSIM and mask IoU of the reference view into the metrics."""
+    config = run.config.data.random_camera
+    view = run.support.resized(config.eval_height, config.eval_width).to("cpu")
+    rendered = {name: frames[0].cpu() for name, frames in run.scene.views(view.camera, normals=False).items()}
+    rgb = rendered["rgb"]
+    run.metrics.update(
+        {
+            "reference.psnr": psnr(rgb, view.rgb),
+            "reference.ssim": ssim(rgb, view.rgb),
+            "reference.mask_iou": mask_iou(rendered["opacity"], view.mask),
+        }
+    )
+
+
+def export(run: Run) -> int:
+    """Write the mesh."""
+    system = run.config.system
+    exporter = registry.find("exporter", system.exporter_type)(system.exporter)
+    with torch.no_grad():
+        report = exporter(run.scene.density, run.scene.albedo, run.save_dir, run.device)
+    run.metrics.update(
+        {
+            "mesh.vertices": report.vertices,
+            "mesh.faces": report.faces,
+            "mesh.watertight": report.watertight,
+            "mesh.threshold": report.threshold,
+        }
+    )
+    logger.info("mesh: %s", ", ".join(str(file) for file in report.files))
+    return 0
+
+
+def _labels(cameras: Cameras) -> list[str]:
+    return [f"{float(azimuth):.0f}°" for azimuth in cameras.azimuth]

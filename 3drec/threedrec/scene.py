@@ -1,0 +1,53 @@
+"""What is optimised: field, material and background, seen through one renderer."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from threedrec import registry
+from threedrec.cameras import Cameras
+from threedrec.config_schema import SystemConfig
+from threedrec.field import ImplicitVolume
+from threedrec.rendering import VolumeRenderer
+
+
+class Scene(nn.Module):
+    """Field, material, background and renderer of a config; parameters and buffers are called ``renderer.…``."""
+
+    def __init__(self, config: SystemConfig, generator_seed: int = 0) -> None:
+        """Build the parts that ``config`` names.
+
+        Args:
+            config: types and configs of the parts.
+            generator_seed: seed of the initial weights; torch's global generator is left as it was.
+        """
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(generator_seed)
+            geometry = registry.find("geometry", config.geometry_type)(config.geometry)
+            material = registry.find("material", config.material_type)(config.material)
+            background = registry.find("background", config.background_type)(config.background)
+        self.renderer: VolumeRenderer = registry.find("renderer", config.renderer_type)(
+            config.renderer, geometry, material, background
+        )
+
+    @property
+    def geometry(self) -> ImplicitVolume:
+        """The field."""
+        return self.renderer.geometry
+
+    def density(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, "N 1"]:
+        """Density of world points."""
+        return self.geometry.density(points)
+
+    def albedo(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:
+        """Colour of world points without light, in [0, 1]."""
+        return self.renderer.material.albedo(self.geometry.features(points))
+
+    def views(self, cameras: Cameras, normals: bool = True) -> dict[str, Float[Tensor, "B H W C"]]:
+        """Render whole images without light: rgb, opacity, depth (and normal), see `VolumeRenderer.render_image`."""
+        return self.renderer.render_image(cameras.to(self.device), shading="albedo", normals=normals)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device

@@ -1,0 +1,110 @@
+"""Score distillation with a multi-view model: how likely it finds rendered views, as a gradient on their pixels."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nvsadapter_guidance import diffusion
+from nvsadapter_guidance.errors import InputError
+from nvsadapter_guidance.model import NVSModel
+from nvsadapter_guidance.pipeline import Poses, SupportConditions, guided_prediction, prepare
+
+
+@dataclass
+class Distillation:
+    """One call of :class:`ScoreDistillation`."""
+
+    loss: Float[Tensor, ""]
+    """Surrogate whose gradient in the latents is the SDS gradient divided by the number of views."""
+    gradient_norm: float | Tensor
+    timesteps: Int[Tensor, " groups"]
+
+
+class ScoreDistillation:
+    """SDS (Poole et al. 2023, arXiv 2209.14988, Eq. 3) on groups of ``num_query`` views of one object.
+
+    Args:
+        model: on the device where the views are; never trained.
+        guidance_scale: of classifier-free guidance.
+        num_query: views judged together; None for as many as the model was trained with.
+        max_norm: entries of the latents' gradient are clipped to this size; None for no clipping.
+    """
+
+    def __init__(
+        self,
+        model: NVSModel,
+        guidance_scale: float = 3.0,
+        num_query: int | None = None,
+        max_norm: float | None = None,
+    ) -> None:
+        self.model = model
+        self.guidance_scale = guidance_scale
+        self.num_query = num_query or model.num_query
+        self.max_norm = max_norm
+        self.conditions: SupportConditions | None = None
+
+    def prepare(self, image: Float[Tensor, "1 3 H W"], pose: Poses, generator: torch.Generator) -> None:
+        """Encode the support image in [-1, 1]; once per object."""
+        self.conditions = prepare(self.model, image, pose, generator)
+
+    def __call__(
+        self,
+        images: Float[Tensor, "N 3 H W"],
+        poses: Poses,
+        step_range: tuple[float, float],
+        generator: torch.Generator,
+    ) -> Distillation:
+        """Judge rendered views in [-1, 1]; ``N`` is a multiple of ``num_query``, consecutive views form a group.
+
+        Args:
+            step_range: smallest and largest timestep as shares of the schedule; each group draws its own in between.
+
+        Raises:
+            InputError: ``N`` is not a multiple of ``num_query``.
+        """
+        schedule = self.model.schedule
+        latents = self._grouped(self.model.encode(self.model.resize(images), generator))
+        low, high = (int(schedule.num_train_timesteps * share) for share in step_range)
+        high = min(max(high, low), schedule.num_train_timesteps - 1)
+        timesteps = diffusion.draw_timesteps(len(latents), min(low, high), high, generator)
+        noise = torch.randn(latents.shape, generator=generator, device=latents.device)
+        with torch.no_grad():
+            prediction, _ = self._predict(latents, noise, timesteps, poses, generator)
+            gradient = diffusion.sds_gradient(
+                latents, noise, timesteps, prediction, schedule.alphas_cumprod, schedule.prediction_type, self.max_norm
+            )
+        loss = diffusion.sds_loss(latents.flatten(0, 1), gradient.flatten(0, 1))
+        return Distillation(loss, gradient.norm(), timesteps)
+
+    @torch.no_grad()
+    def preview(
+        self, images: Float[Tensor, "N 3 H W"], poses: Poses, noise_level: float, generator: torch.Generator
+    ) -> Float[Tensor, "N 3 h w"]:
+        """What the model would rather see from the same cameras: one-step denoising at a share of the schedule."""
+        schedule = self.model.schedule
+        latents = self._grouped(self.model.encode(self.model.resize(images)))
+        level = min(int(noise_level * schedule.num_train_timesteps), schedule.num_train_timesteps - 1)
+        timesteps = torch.full((len(latents),), level, device=latents.device)
+        noise = torch.randn(latents.shape, generator=generator, device=latents.device)
+        prediction, noisy = self._predict(latents, noise, timesteps, poses, generator)
+        return self.model.decode(schedule.split(noisy, prediction, timesteps)[0].flatten(0, 1))
+
+    def _grouped(self, latents: Float[Tensor, "N C h w"]) -> Float[Tensor, "G n C h w"]:
+        if len(latents) % self.num_query:
+            raise InputError(
+                f"data.random_camera.batch_size: {len(latents)} views cannot be judged in groups of {self.num_query}; "
+                f"use a multiple of {self.num_query}"
+            )
+        return latents.unflatten(0, (-1, self.num_query))
+
+    def _predict(
+        self, latents: Tensor, noise: Tensor, timesteps: Tensor, poses: Poses, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        if self.conditions is None:
+            raise RuntimeError("call prepare() with the support image before judging views")
+        noisy = self.model.schedule.add_noise(latents, noise, timesteps)
+        grouped = poses[torch.arange(len(poses)).view(-1, self.num_query)]
+        scale = self.guidance_scale
+        return guided_prediction(self.model, self.conditions, noisy, timesteps, grouped, scale, generator), noisy

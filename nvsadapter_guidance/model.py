@@ -1,0 +1,184 @@
+"""Everything a set of weights needs to imagine views: autoencoder, image encoder, multi-view UNet, noise schedule.
+
+One class serves every size. The embedded model is built from a configuration file and a file of eight-bit weights; released
+weights fill the same class at full size.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from jaxtyping import Float
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from nvsadapter_guidance.adapter import NVSAdapter, NVSAdapterConfig
+from nvsadapter_guidance.cameras import camera_convention, look_at
+from nvsadapter_guidance.schedule import NoiseSchedule
+from nvsadapter_guidance.errors import InputError
+from nvsadapter_guidance.quantise import dequantise_state_dict, quantise_state_dict
+from nvsadapter_guidance.unet import MultiViewUNet
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+MINI_MODEL = Path(__file__).parent / "pretrained" / "mini"
+
+
+@dataclass
+class NVSModelConfig:
+    """What ``config.json`` of a model folder holds."""
+
+    name: str
+    """Short name for people and metrics files."""
+    image_size: int
+    """Side of the square images the model sees, in pixels."""
+    unet: dict[str, Any]
+    """Arguments of ``diffusers.UNet2DConditionModel``."""
+    vae: dict[str, Any]
+    """Arguments of ``diffusers.AutoencoderKL``; its ``scaling_factor`` multiplies latents."""
+    image_encoder: dict[str, Any]
+    """Arguments of ``transformers.CLIPVisionConfig``."""
+    adapter: dict[str, Any]
+    """Arguments of ``NVSAdapterConfig``."""
+    schedule: dict[str, Any] = field(default_factory=dict)
+    """Arguments of ``NoiseSchedule``."""
+    text_tokens: int = 4
+    """How many learned constant tokens stand in place of text."""
+    fov_deg: float = 49.1
+    distance: float = 1.5
+    """Camera distance of the training views, in object diameters (objects have radius 0.5)."""
+    unconditional_support: str = "zeros"
+    """What replaces the support latents of unconditional samples: ``zeros``, or ``noise`` as released."""
+
+
+class NVSModel(nn.Module):
+    """The networks of one set of weights and the conventions they were trained with.
+
+    Images are ``(B, 3, H, W)`` in [-1, 1]; poses are azimuth and elevation in degrees and distance in world units.
+    """
+
+    def __init__(self, config: NVSModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        unet = UNet2DConditionModel.from_config(config.unet)
+        self.network = MultiViewUNet(unet, NVSAdapter.inject(unet, NVSAdapterConfig.from_dict(config.adapter)))
+        self.vae = AutoencoderKL.from_config(config.vae)
+        self.image_encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**config.image_encoder))
+        width = config.unet["cross_attention_dim"]
+        self.text_context = nn.Parameter(0.02 * torch.randn(1, config.text_tokens, width))
+        self.schedule = NoiseSchedule(**config.schedule)
+        self.convention = camera_convention(self.network.adapter.config.camera_convention)
+
+    @property
+    def num_query(self) -> int:
+        """Query views that the model was trained to imagine together."""
+        return self.network.adapter.config.num_query
+
+    @property
+    def latent_stride(self) -> int:
+        """Image pixels per latent pixel."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.text_context.device
+
+    def resize(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 size size"]:
+        """Bring images to the model's resolution (bilinear, antialiased only when shrinking)."""
+        size = self.config.image_size
+        if images.shape[-2:] == (size, size):
+            return images
+        shrinking = images.shape[-1] > size
+        return F.interpolate(images, (size, size), mode="bilinear", align_corners=False, antialias=shrinking)
+
+    def encode(
+        self, images: Float[Tensor, "B 3 H W"], generator: torch.Generator | None = None
+    ) -> Float[Tensor, "B C h w"]:
+        """Latents of images at the model's resolution: a sample of the posterior, or its mean without a generator."""
+        posterior = self.vae.encode(images).latent_dist
+        latents = posterior.mean
+        if generator is not None:
+            noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
+            latents = latents + posterior.std * noise
+        return latents * self.vae.config.scaling_factor
+
+    def decode(self, latents: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:
+        """Images of latents, clamped to [-1, 1]."""
+        return self.vae.decode(latents / self.vae.config.scaling_factor).sample.clamp(-1.0, 1.0)
+
+    def semantic_tokens(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 1 D"]:
+        """The single image token of each support image."""
+        return self.image_encoder(pixel_values=images).image_embeds[:, None]
+
+    def ray_embedding(
+        self,
+        azimuth: Float[Tensor, "B views"],
+        elevation: Float[Tensor, "B views"],
+        distance: Float[Tensor, "B views"],
+    ) -> Float[Tensor, "B views R h w"]:
+        """Embedding of every view's rays relative to view 0, the support view."""
+        c2w = look_at(azimuth, elevation, distance, self.convention)
+        size = self.config.image_size
+        embedding = self.network.adapter.config.rays
+        return embedding(c2w, self.config.fov_deg, (size, size), self.latent_stride, self.convention)
+
+    def unconditional_support_latents(
+        self, like: Float[Tensor, "B 1 C h w"], generator: torch.Generator | None
+    ) -> Float[Tensor, "B 1 C h w"]:
+        """What the unconditional branch sees in place of the support view."""
+        if self.config.unconditional_support == "zeros":
+            return torch.zeros_like(like)
+        return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+
+    def save(self, folder: Path) -> None:
+        """Write ``config.json`` and the eight-bit weights into ``folder``."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.config.vae["scaling_factor"] = self.vae.config.scaling_factor
+        (folder / CONFIG_NAME).write_text(json.dumps(dataclasses.asdict(self.config), indent=1) + "\n")
+        save_file(quantise_state_dict(self.state_dict()), folder / WEIGHTS_NAME)
+
+    @classmethod
+    def load(cls, folder: Path = MINI_MODEL) -> "NVSModel":
+        """Read a folder written by :meth:`save`, strictly.
+
+        Raises:
+            InputError: a file is missing, damaged, or does not fit the configuration.
+        """
+        config = _read_config(folder / CONFIG_NAME)
+        weights = folder / WEIGHTS_NAME
+        if not weights.is_file():
+            raise InputError(f"{weights}: no such file; a model folder needs {CONFIG_NAME} and {WEIGHTS_NAME}")
+        try:
+            packed = load_file(weights)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{weights}: not a readable safetensors file ({error}); install or copy it again") from error
+        model = cls(config)
+        state = dequantise_state_dict(packed, str(weights))
+        try:
+            model.load_state_dict(state, strict=True)
+        except RuntimeError as error:
+            first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
+            raise InputError(f"{weights}: does not fit {CONFIG_NAME} beside it: {first}") from error
+        return model.eval().requires_grad_(False)
+
+
+def _read_config(path: Path) -> NVSModelConfig:
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}); is this a model folder?") from error
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path}: not valid JSON (line {error.lineno}); copy the file again") from error
+    known = {f.name for f in dataclasses.fields(NVSModelConfig)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise InputError(f"{path}: unknown key '{unknown[0]}'; known keys are {', '.join(sorted(known))}")
+    return NVSModelConfig(**values)

@@ -1,0 +1,1 @@
+"""Training: data, and the stages that turn it into an embedded model."""

@@ -1,0 +1,254 @@
+"""Train a small multi-view model from nothing: base UNet, adapter, image encoder and constant text together.
+
+Latents of augmented views are computed once and kept on the device, so that a step is the UNet and little else. Runs are
+measured in seconds and resume from their last state; the learning rate is constant after a warm-up and falls to zero over
+the last part of the last run ("warm-up, stable, decay").
+"""
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from nvsadapter_guidance.model import NVSModel
+from nvsadapter_guidance.training.augment import augment
+from nvsadapter_guidance.training.muon import Muon, split_parameters
+from nvsadapter_guidance.training.views import ViewBank, ViewBatch, composite, sample_batch
+
+log = logging.getLogger(__name__)
+
+FIRST_AND_LAST = ("conv_in", "conv_out", "time_embedding", "text_context", "patch_embedding", "position_embedding")
+"""Parts of names of the parameters that AdamW trains although they are matrices."""
+
+
+@dataclass
+class Pretraining:
+    """How a run trains."""
+
+    seconds: float = 60.0
+    total_seconds: float = 60.0
+    """Length of the whole training over all runs; decides where the decay begins."""
+    decay: float = 0.3
+    """Share of the whole training over which the learning rate falls to zero."""
+    batch_size: int = 128
+    lr: float = 1e-3
+    adam_lr: float = 5e-4
+    weight_decay: float = 0.02
+    warmup_steps: int = 200
+    condition_dropout: float = 0.1
+    copies: int = 12
+    """Augmented copies of every object kept as latents."""
+    procedural_share: float = 0.15
+    """Share of the objects of a batch that are procedural (when a second bank is given)."""
+    ema_decay: float = 0.999
+    seed: int = 0
+    compile: bool = True
+
+
+class LatentBank:
+    """Augmented copies of a bank of views: latents of all of them, and the images themselves for use as support.
+
+    Attributes:
+        latents: ``(copies, objects, views, C, h, w)`` half precision.
+        images: ``(copies, objects, views, 3, H, W)`` bytes.
+        azimuth: ``(copies, objects, views)`` degrees, negated where a copy is mirrored.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: NVSModel, bank: ViewBank, copies: int, generator: torch.Generator) -> None:
+        self.bank = bank
+        parts = [self._encode(model, o, generator) for _ in range(copies) for o in torch.arange(len(bank)).split(16)]
+        self.latents, self.images, self.azimuth = (
+            torch.cat([part[i] for part in parts]).unflatten(0, (copies, len(bank))) for i in range(3)
+        )
+
+    def _encode(self, model: NVSModel, objects: Int[Tensor, " n"], generator: torch.Generator) -> tuple[Tensor, ...]:
+        bank = self.bank
+        views = ViewBatch(bank.rgba[objects].float() / 255, *(a[objects] for a in _cameras(bank)))
+        views = augment(views, generator)
+        images = composite(views.rgba).movedim(-1, 2)
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.device.type == "cuda"):
+            latents = model.encode(images.flatten(0, 1) * 2.0 - 1.0).half()
+        return latents.unflatten(0, images.shape[:2]), (images * 255).round().byte(), views.azimuth
+
+    def draw(self, count: int, num_query: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Draw ``count`` samples of one support and ``num_query`` query views.
+
+        Returns:
+            ``latents (B, 1+n, C, h, w)``, ``azimuth``/``elevation``/``distance`` ``(B, 1+n)`` and the support image
+            ``image (B, 3, H, W)`` in [-1, 1].
+        """
+        copy = torch.randint(len(self.latents), (count,), generator=generator, device=self.latents.device)
+        index = sample_batch(self.bank, count, num_query, generator)
+        views = torch.cat([index.support[:, None], index.queries], dim=1)
+        rows = index.objects[:, None]
+        image = self.images[copy, index.objects, index.support]
+        return {
+            "latents": self.latents[copy[:, None], rows, views].float(),
+            "azimuth": self.azimuth[copy[:, None], rows, views],
+            "elevation": self.bank.elevation[rows, views],
+            "distance": self.bank.distance[rows, views],
+            "image": image.float() / 127.5 - 1.0,
+        }
+
+
+def _cameras(bank: ViewBank) -> tuple[Tensor, Tensor, Tensor]:
+    return bank.azimuth, bank.elevation, bank.distance
+
+
+def encode_banks(model: NVSModel, banks: list[ViewBank], config: Pretraining) -> list[LatentBank]:
+    """Latents of all banks: ``config.copies`` augmented copies of the first, one of every other."""
+    generator = torch.Generator(model.device).manual_seed(config.seed)
+    return [LatentBank(model, b, config.copies if i == 0 else 1, generator) for i, b in enumerate(banks)]
+
+
+class DiffusionLoss(nn.Module):
+    """Mean squared error of the network's own target (noise or velocity) on the query views of a batch."""
+
+    def __init__(self, model: NVSModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        latents: Float[Tensor, "B V C h w"],
+        noise: Float[Tensor, "B n C h w"],
+        timesteps: Int[Tensor, " B"],
+        rays: Float[Tensor, "B V R h w"],
+        image: Float[Tensor, "B 3 H W"],
+        ucg_mask: Tensor,
+    ) -> Float[Tensor, " B"]:
+        """Return the loss of each sample."""
+        model = self.model
+        support, clean = latents[:, :1], latents[:, 1:]
+        noisy = model.schedule.add_noise(clean, noise, timesteps)
+        target = model.schedule.target(clean, noise, timesteps)
+        prediction = model.network(
+            noisy,
+            timesteps,
+            model.text_context.expand(len(latents), -1, -1),
+            model.semantic_tokens(image),
+            rays,
+            support,
+            ucg_mask=ucg_mask,
+            unconditional_support_latents=model.unconditional_support_latents(support, None),
+        )
+        return F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3, 4))
+
+
+class Pretrainer:
+    """The state of a run: model, average of its weights, optimisers, clock.
+
+    Args:
+        model: trained in place (its autoencoder stays as it is).
+        data: the bank that counts first, an optional second one (procedural objects) after it.
+    """
+
+    def __init__(self, model: NVSModel, data: list[LatentBank], config: Pretraining) -> None:
+        self.model, self.config = model.train().requires_grad_(True), config
+        model.vae.requires_grad_(False).eval()
+        model.network.adapter.freeze_inert()
+        self.generator = torch.Generator(model.device).manual_seed(config.seed)
+        self.data = data
+        hidden, rest = split_parameters(model, FIRST_AND_LAST)
+        fused = model.device.type == "cuda"
+        self.optimisers: list[torch.optim.Optimizer] = [
+            Muon(hidden, lr=config.lr, weight_decay=config.weight_decay),
+            torch.optim.AdamW(rest, lr=config.adam_lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=fused),
+        ]
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.ema = [p.detach().clone() for p in self.trained]
+        self.loss = DiffusionLoss(model)
+        self.compiled = torch.compile(self.loss) if config.compile else self.loss
+        self.step, self.elapsed = 0, 0.0
+        self.history: list[tuple[int, float, float]] = []
+
+    def learning_rate_factor(self) -> float:
+        """Warm-up by steps since the run began, decay by the clock of the whole training."""
+        remaining = 1.0 - self.elapsed / self.config.total_seconds
+        return min(1.0, (self.step + 1) / self.config.warmup_steps, max(remaining / self.config.decay, 0.0))
+
+    def draw(self) -> dict[str, Tensor]:
+        """Draw one batch from all banks."""
+        count, n = self.config.batch_size, self.model.num_query
+        share = self.config.procedural_share if len(self.data) > 1 else 0.0
+        sizes = [count - round(count * share), round(count * share)]
+        parts = [d.draw(s, n, self.generator) for d, s in zip(self.data, sizes, strict=False) if s]
+        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+    def train_step(self) -> Tensor:
+        """One update; returns the loss of the batch, still on the device."""
+        device, count = self.model.device, self.config.batch_size
+        batch = self.draw()
+        latents = batch["latents"]
+        noise = torch.randn(latents[:, 1:].shape, generator=self.generator, device=device)
+        # Stratified over the batch: the same distribution with less noise in the gradient.
+        strata = (torch.arange(count, device=device) + torch.rand(count, generator=self.generator, device=device)) / count
+        timesteps = (strata * self.model.schedule.num_train_timesteps).long()[
+            torch.randperm(count, generator=self.generator, device=device)
+        ]
+        ucg_mask = torch.rand(count, generator=self.generator, device=device) < self.config.condition_dropout
+        rays = self.model.ray_embedding(batch["azimuth"], batch["elevation"], batch["distance"])
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            loss = self.compiled(latents, noise, timesteps, rays, batch["image"], ucg_mask).mean()
+        for optimiser in self.optimisers:
+            optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        factor = self.learning_rate_factor()
+        for optimiser, base in zip(self.optimisers, (self.config.lr, self.config.adam_lr), strict=True):
+            for group in optimiser.param_groups:
+                group["lr"] = base * factor
+            optimiser.step()
+        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(self.ema, [p.detach() for p in self.trained], 1.0 - decay)
+        self.step += 1
+        return loss.detach()
+
+    def run(self, seconds: float) -> None:
+        """Train for ``seconds`` of wall clock (compilation is not counted)."""
+        self.train_step()
+        start, before = time.perf_counter(), self.elapsed
+        losses: list[Tensor] = []
+        while self.elapsed - before < seconds:
+            losses.append(self.train_step())
+            if self.step % 10 == 0 and self.model.device.type == "cuda":
+                torch.cuda.synchronize()
+            self.elapsed = before + time.perf_counter() - start
+            if self.step % 250 == 0:
+                mean = float(torch.stack(losses).mean())
+                self.history.append((self.step, self.elapsed, mean))
+                log.info("step %d (%.0f s): loss %.4f", self.step, self.elapsed, mean)
+                losses.clear()
+
+    def swap_average(self) -> None:
+        """Exchange the weights with their average (call again to go back)."""
+        with torch.no_grad():
+            for p, average in zip(self.trained, self.ema, strict=True):
+                kept = p.detach().clone()
+                p.copy_(average)
+                average.copy_(kept)
+
+    def state(self) -> dict[str, Any]:
+        """All that a later run needs to go on: weights, their average, optimisers, clock."""
+        return {
+            "model": self.model.state_dict(),
+            "scaling_factor": self.model.vae.config.scaling_factor,
+            "ema": self.ema,
+            "optimisers": [o.state_dict() for o in self.optimisers],
+            "step": self.step,
+            "elapsed": self.elapsed,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what :meth:`state` returned (the weights of the model are the caller's to load)."""
+        for average, value in zip(self.ema, state["ema"], strict=True):
+            average.copy_(value)
+        for optimiser, value in zip(self.optimisers, state["optimisers"], strict=True):
+            optimiser.load_state_dict(value)
+        self.step, self.elapsed = state["step"], state["elapsed"]

@@ -1,0 +1,165 @@
+"""The hash encoding against its definition, finite differences and hand-computed tables; the other encodings too."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from threedrec.errors import InputError
+from threedrec.field.encoding import EncodingConfig, build_encoding
+from threedrec.field.hashgrid import (
+    PRIMES,
+    Level,
+    build_levels,
+    corner_rows,
+    encode,
+    encode_plain,
+    encode_with_jacobian,
+    jacobian_plain,
+)
+
+LEVELS = build_levels(n_levels=4, base_resolution=3, per_level_scale=1.7, log2_hashmap_size=7)
+
+
+def table(channels: int = 2) -> Tensor:
+    rows = LEVELS[-1].start + LEVELS[-1].rows
+    return torch.randn(rows, channels, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def points(count: int = 30) -> Tensor:
+    return torch.rand(count, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def test_levels_follow_the_released_numbers():
+    levels = build_levels(16, 16, 1.447269237440378, 19)
+    assert [level.resolution for level in levels[:3]] == [16, 24, 34]
+    assert levels[0].rows == 4096 and not levels[0].hashed
+    assert levels[-1].resolution == 4096 and levels[-1].rows == 2**19 and levels[-1].hashed
+    assert [level.hashed for level in levels].index(True) == 5
+    assert all(level.rows % 8 == 0 for level in levels)
+    assert levels[-1].start == sum(level.rows for level in levels[:-1])
+
+
+def test_rows_of_dense_and_hashed_levels_by_hand():
+    dense = Level(scale=3.0, resolution=4, rows=64, start=0, hashed=False)
+    cell = torch.tensor([[1], [2], [0]], dtype=torch.int32)
+    assert corner_rows(cell, dense)[:, 0].tolist() == [9, 10, 13, 14, 25, 26, 29, 30]
+    hashed = Level(scale=99.0, resolution=100, rows=2**10, start=0, hashed=True)
+    cell = torch.tensor([[41], [77], [63]], dtype=torch.int32)
+    expected = [
+        ((41 + (k & 1)) * PRIMES[0] ^ (77 + (k >> 1 & 1)) * PRIMES[1] ^ (63 + (k >> 2)) * PRIMES[2]) % 2**10
+        for k in range(8)
+    ]
+    assert corner_rows(cell, hashed)[:, 0].tolist() == expected
+
+
+def test_grid_points_return_their_row_and_middles_the_mean():
+    levels = build_levels(1, 5, 2.0, 10)
+    rows = torch.arange(125, dtype=torch.float64)[:, None].expand(-1, 2).contiguous()
+    # Scale 4, offset one half: x = 0.375 lies on cell 2, x = 0.5 halfway between cells 2 and 3.
+    at = torch.tensor([[0.375, 0.125, 0.125], [0.5, 0.125, 0.125]], dtype=torch.float64)
+    values = encode(at, torch.cat([rows, torch.zeros(3, 2, dtype=torch.float64)]), levels)
+    torch.testing.assert_close(values[:, 0], torch.tensor([2.0 + 5 + 25, 2.5 + 5 + 25], dtype=torch.float64))
+
+
+def test_fast_lookup_equals_the_definition_in_value_and_gradient():
+    x, rows = points().requires_grad_(True), table().requires_grad_(True)
+    features, slopes = encode_with_jacobian(x, rows, LEVELS)
+    expected, expected_slopes = encode_plain(x, rows, LEVELS), jacobian_plain(x, rows, LEVELS)
+    torch.testing.assert_close(features, expected)
+    torch.testing.assert_close(slopes, expected_slopes)
+    torch.testing.assert_close(encode(x, rows, LEVELS), expected)
+
+    generator = torch.Generator().manual_seed(2)
+    pull = torch.randn(features.shape, dtype=torch.float64, generator=generator)
+    pull_slopes = torch.randn(slopes.shape, dtype=torch.float64, generator=generator)
+    got = torch.autograd.grad((features * pull).sum() + (slopes * pull_slopes).sum(), (x, rows))
+    want = torch.autograd.grad((expected * pull).sum() + (expected_slopes * pull_slopes).sum(), (x, rows))
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_gradients_match_finite_differences():
+    x, rows = points(6).requires_grad_(True), table().requires_grad_(True)
+    assert torch.autograd.gradcheck(lambda p, t: encode(p, t, LEVELS), (x, rows))
+    assert torch.autograd.gradcheck(lambda p, t: encode_with_jacobian(p, t, LEVELS), (x, rows))
+
+
+def test_jacobian_is_the_derivative_of_the_definition():
+    x, rows = points(5), table()
+    by_autograd = torch.autograd.functional.jacobian(lambda p: encode_plain(p, rows, LEVELS).sum(0), x)
+    torch.testing.assert_close(jacobian_plain(x, rows, LEVELS), by_autograd.permute(1, 0, 2))
+
+
+def test_features_are_continuous_everywhere():
+    # A fine walk across the whole box, through cell borders of all levels and along both ends.
+    start, end = torch.tensor([-0.05, 0.1, 0.0]), torch.tensor([1.05, 0.83, 1.0])
+    walk = torch.lerp(start, end, torch.linspace(0, 1, 20001)[:, None]).double()
+    jumps = (encode(walk[1:], table(), LEVELS) - encode(walk[:-1], table(), LEVELS)).abs().max()
+    assert jumps < 5e-3, "steps of 6e-5 at a resolution of at most 15 must move features by about 1e-3"
+
+
+def test_progressive_levels_open_in_time_and_stay_dark_before():
+    config = EncodingConfig(
+        otype="ProgressiveBandHashGrid",
+        n_levels=4,
+        base_resolution=3,
+        per_level_scale=1.7,
+        log2_hashmap_size=7,
+        start_level=2,
+        start_step=100,
+        update_steps=50,
+    )
+    encoding = build_encoding(config)
+    x = points().float()
+    for step, levels in ((0, 2), (149, 2), (150, 3), (200, 4), (9999, 4)):
+        encoding.update(step)
+        features, slopes = encoding.with_jacobian(x)
+        assert features.shape == (30, 8) and slopes.shape == (30, 8, 3)
+        assert (features[:, 2 * levels :] == 0).all() and (slopes[:, 2 * levels :] == 0).all()
+        assert (features[:, 2 * levels - 1] != 0).any()
+
+
+@pytest.mark.parametrize("otype", ["HashGrid", "Frequency", "ProgressiveBandFrequency"])
+@pytest.mark.parametrize("include_xyz", [False, True])
+def test_every_encoding_knows_its_derivative(otype: str, include_xyz: bool):
+    config = EncodingConfig(otype=otype, n_levels=2, base_resolution=3, n_frequencies=2, include_xyz=include_xyz)
+    encoding = build_encoding(config).double()
+    x = points(5)
+    features, slopes = encoding.with_jacobian(x)
+    assert features.shape == (5, encoding.n_output_dims)
+    torch.testing.assert_close(features, encoding(x))
+    step = 1e-6
+    for axis in range(3):
+        ahead = x.clone()
+        ahead[:, axis] += step
+        torch.testing.assert_close((encoding(ahead) - features) / step, slopes[..., axis], atol=1e-3, rtol=1e-3)
+
+
+def test_frequency_window_opens_band_by_band():
+    encoding = build_encoding(EncodingConfig(otype="ProgressiveBandFrequency", n_frequencies=2, n_masking_step=100))
+    assert encoding(points(3).float()).abs().max() == 0
+    encoding.update(50)
+    values = encoding(torch.full((1, 3), 0.4)).view(2, 2, 3)
+    torch.testing.assert_close(values[0, 0], torch.full((3,), 0.4).sin())
+    assert values[1].abs().max() == 0
+
+
+def test_spherical_harmonics_are_orthonormal():
+    encoding = build_encoding(EncodingConfig(otype="SphericalHarmonics", degree=4))
+    directions = torch.nn.functional.normalize(torch.randn(200000, 3, generator=torch.Generator().manual_seed(0)), dim=1)
+    values = encoding(0.5 * directions + 0.5)
+    gram = 4 * torch.pi * values.T @ values / len(values)
+    torch.testing.assert_close(gram, torch.eye(16), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (EncodingConfig(otype="HashGridd"), "unknown encoding 'HashGridd'"),
+        (EncodingConfig(n_levels=0), "n_levels"),
+        (EncodingConfig(otype="SphericalHarmonics", degree=9), "degree"),
+    ],
+)
+def test_impossible_encodings_are_refused(config: EncodingConfig, message: str):
+    with pytest.raises(InputError, match=message):
+        build_encoding(config)

@@ -1,0 +1,153 @@
+import logging
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from threedrec.config_schema import ExperimentConfig
+from threedrec.errors import InputError
+from threedrec.launch import choose_device, ensure_writable, newest_checkpoint, open_run
+from threedrec.lookup import find_path, output_root, repository_root
+
+as_root = pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+
+
+@pytest.fixture
+def config(tmp_path):
+    return ExperimentConfig(name="chair", tag="blue", exp_root_dir=str(tmp_path / "outputs"))
+
+
+def checkpoint(run: Path, name="last.ckpt", age=0) -> Path:
+    file = run / "ckpts" / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(b"x")
+    os.utime(file, (1e9 - age, 1e9 - age))
+    return file
+
+
+def test_devices_without_cuda(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
+    assert not caplog.records
+    with caplog.at_level(logging.WARNING):
+        assert choose_device("0") == torch.device("cpu")
+    assert "no CUDA device here, using the CPU" in caplog.text
+
+
+def test_devices_with_cuda(monkeypatch, caplog):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert choose_device("auto") == choose_device("0") == torch.device("cuda:0")
+    assert choose_device("cpu") == torch.device("cpu")
+    with caplog.at_level(logging.WARNING):
+        assert choose_device("1,0") == torch.device("cuda:1")
+    assert "one reconstruction uses one GPU" in caplog.text
+    with pytest.raises(InputError, match="no GPU 2, this machine has 0 to 1"):
+        choose_device("2")
+
+
+@pytest.mark.parametrize("gpu", ["", "one", "-1", "0;1", "cuda"])
+def test_gpu_that_is_none(gpu):
+    with pytest.raises(InputError, match="expected auto, cpu, or ids"):
+        choose_device(gpu)
+
+
+def test_a_new_run_has_its_own_folder(config, tmp_path):
+    first = open_run(config, "train")
+    assert first.parent == tmp_path / "outputs" / "chair"
+    assert first.name == f"blue{config.timestamp}" and len(config.timestamp) == len("@20260101-120000")
+    again = ExperimentConfig(name="chair", tag="blue", exp_root_dir=config.exp_root_dir, timestamp=config.timestamp)
+    assert open_run(again, "train") != first
+
+
+def test_a_tag_is_one_folder(config):
+    config.tag = "a/b"
+    assert open_run(config, "train").parent.name == "chair"
+
+
+def test_resume_auto_takes_the_newest_run_of_the_tag_that_has_a_checkpoint(config, tmp_path, caplog):
+    root = tmp_path / "outputs" / "chair"
+    checkpoint(root / "blue@20260101-120000")
+    newest = checkpoint(root / "blue@20260102-120000")
+    checkpoint(root / "blue@20260102-120000", "fit-000010.ckpt", age=5)
+    (root / "blue@20260103-120000" / "ckpts").mkdir(parents=True)
+    checkpoint(root / "blue@20260103-120000", ".last.ckpt.tmp.ckpt")
+    checkpoint(root / "blue2@20260104-120000")
+    assert newest_checkpoint(config) == newest
+    config.resume = "auto"
+    assert open_run(config, "train") == root / "blue@20260102-120000"
+    assert config.resume == str(newest) and config.timestamp == "@20260102-120000"
+
+
+def test_resume_auto_with_nothing_to_resume_starts_afresh(config, caplog):
+    config.resume = "auto"
+    with caplog.at_level(logging.INFO):
+        run = open_run(config, "train")
+    assert config.resume is None and run.is_dir()
+    assert "nothing to resume" in caplog.text
+
+
+def test_other_modes_need_a_checkpoint(config, tmp_path):
+    with pytest.raises(InputError, match=r"no checkpoint to export under .*blue@\*; give resume=FILE"):
+        open_run(config, "export")
+    config.resume = None
+    run = tmp_path / "outputs" / "chair" / "blue@20260101-120000"
+    checkpoint(run)
+    assert open_run(config, "export") == run
+
+
+def test_resume_from_a_file_goes_on_in_its_folder(config, tmp_path):
+    file = checkpoint(tmp_path / "elsewhere")
+    config.resume = str(file)
+    assert open_run(config, "train") == tmp_path / "elsewhere"
+
+
+@pytest.mark.parametrize(("name", "words"), [("no.ckpt", "no such checkpoint"), (".", "is a folder")])
+def test_resume_from_what_is_no_file(config, tmp_path, name, words):
+    config.resume = str(tmp_path / name)
+    with pytest.raises(InputError, match=words):
+        open_run(config, "train")
+
+
+def test_a_named_folder_is_used_once(config, tmp_path):
+    config.trial_dir = str(tmp_path / "mine")
+    assert open_run(config, "train") == tmp_path / "mine"
+    (tmp_path / "mine" / "configs").mkdir()
+    (tmp_path / "mine" / "configs" / "parsed.yaml").write_text("{}")
+    with pytest.raises(InputError, match="holds a run already; add resume=auto"):
+        open_run(config, "train")
+    file = checkpoint(tmp_path / "mine")
+    config.resume = "auto"
+    assert open_run(config, "train") == tmp_path / "mine"
+    assert config.resume == str(file)
+
+
+def test_output_below_a_file_is_refused_by_name(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=f"{tmp_path}/file/run: cannot be written"):
+        ensure_writable(tmp_path / "file" / "run")
+
+
+@as_root
+def test_read_only_output_is_refused_by_name(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(InputError, match="permission denied"):
+        ensure_writable(tmp_path / "run")
+
+
+def test_writable_probe_leaves_nothing(tmp_path):
+    ensure_writable(tmp_path / "run")
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_lookup_from_the_folder_below(repository, monkeypatch, tmp_path):
+    monkeypatch.chdir(repository / "3drec")
+    assert repository_root() == repository
+    assert find_path("./configs/nvsadapter.yaml") == repository / "configs" / "nvsadapter.yaml"
+    assert find_path("no/such.png") == Path("no/such.png")
+    assert output_root("./outputs") == repository / "outputs"
+    monkeypatch.chdir(tmp_path)
+    assert output_root("./outputs") == Path("outputs")
+    (tmp_path / "LICENSE").write_text("")
+    assert find_path("LICENSE") == Path("LICENSE")
