@@ -21,6 +21,7 @@ from threedrec.rendering import DiffusePointLight, VolumeRenderer
 
 
 def parse() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--levels", type=int, default=5)
     parser.add_argument("--features", type=int, default=4, help="per level")
@@ -78,6 +79,7 @@ def report(name: str, function: Callable[[], object], args: argparse.Namespace) 
 
 
 def main() -> None:
+    """Print all timings."""
     args = parse()
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -11,7 +11,7 @@ import os
 import re
 import tempfile
 from pathlib import Path
-from typing import Dict, List, Optional, Union
+from typing import Any, Dict, List, Optional, Union
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
@@ -43,7 +43,8 @@ class NVSAdapter(nn.Module):
     def __init__(self, config: NVSAdapterConfig, unet: UNet2DConditionModel) -> None:
         super().__init__()
         self.config = config
-        channels = list(unet.config.block_out_channels)
+        unet_config: Any = unet.config
+        channels = list(unet_config.block_out_channels)
         # Levels without transformer blocks keep an (inert) convolution, as released checkpoints have one there too.
         self.ray_convs = nn.ModuleList(
             nn.Conv2d(config.posemb_dim, out, kernel_size=2**level, stride=2**level)
@@ -134,7 +135,7 @@ class NVSAdapter(nn.Module):
         """Replace the transformer blocks of `unet` by blocks that use this adapter."""
         for path, block_adapter in self.block_adapters().items():
             parent_path, name = path.rsplit(".", 1)
-            base = unet.get_submodule(path)
+            base: Any = unet.get_submodule(path)
             unet.get_submodule(parent_path)._modules[name] = NVSTransformerBlock(base, block_adapter)
 
     def positional_features(
@@ -143,7 +144,7 @@ class NVSAdapter(nn.Module):
         """Positional tokens of every level that has transformer blocks, from the embedding of the full grid."""
         features = {}
         for level in self.levels:
-            conv = self.ray_convs[level]
+            conv: Any = self.ray_convs[level]
             features[level] = conv(ray_embedding.to(conv.weight.dtype)).flatten(2).transpose(1, 2)
         return features
 
@@ -196,7 +197,7 @@ def level_of_path(path: str, num_levels: int) -> int:
     return index if match.group(1) == "down_blocks" else num_levels - 1 - index
 
 
-def _transformer_blocks(unet: UNet2DConditionModel) -> Dict[str, nn.Module]:
+def _transformer_blocks(unet: UNet2DConditionModel) -> Dict[str, Any]:
     kinds = (BasicTransformerBlock, NVSTransformerBlock)
     return {path: module for path, module in unet.named_modules() if isinstance(module, kinds)}
 

@@ -57,7 +57,6 @@ class NVSAdapterConfig:
     """Output layers start at zero, so a fresh adapter leaves the base model's output as it is."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ray_degrees", tuple(self.ray_degrees))
         _check_choice("view_attn_mode", self.view_attn_mode, VIEW_ATTN_MODES)
         _check_choice("image_attn_mode", self.image_attn_mode, IMAGE_ATTN_MODES)
         _check_choice("query_composer_mode", self.query_composer_mode, QUERY_COMPOSER_MODES)
@@ -100,7 +99,8 @@ class NVSAdapterConfig:
                 hint = f"did you mean '{nearest[0]}'?" if nearest else f"known keys: {', '.join(known)}"
                 raise InputError(f"{source}: unknown key '{key}'; {hint}")
         try:
-            return cls(**values)
+            # JSON has no tuples.
+            return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
         except TypeError as error:
             raise InputError(f"{source}: a value has the wrong type ({error}); see NVSAdapterConfig") from error
 

@@ -4,11 +4,11 @@ The control model has no adapter layers. It sees the same latents, timesteps and
 control image per view, the support view included; control images are never dropped for unconditional samples.
 """
 
-from typing import List, Optional, Tuple
+from typing import Any, List, Optional, Tuple
 
 from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from nvsadapter_guidance.errors import InputError
@@ -32,7 +32,7 @@ def build_controlnet(
     Raises:
         InputError: the UNet's levels have different numbers of layers, which ControlNet classes do not support.
     """
-    config = unet.config
+    config: Any = unet.config
     layers = config.layers_per_block
     if not isinstance(layers, int):
         if len(set(layers)) != 1:
@@ -60,9 +60,9 @@ def build_controlnet(
 def control_residuals(
     controlnet: ControlNetModel,
     latents: Float[Tensor, "rows c h w"],
-    timesteps: Float[Tensor, "rows"],
+    timesteps: Shaped[Tensor, "rows"],
     text: Float[Tensor, "rows tokens dim"],
-    images: Float[Tensor, "rows channels height width"],
+    images: Float[Tensor, "rows hint_channels height width"],
     scale: float = 1.0,
 ) -> Residuals:
     """What is added to every skip connection and to the middle block's output.

@@ -6,6 +6,7 @@ thing divided by sqrt(a); networks always see the variance-preserving scale. Lat
 sample share its timestep) or any shape that starts with the batch.
 """
 
+from itertools import pairwise
 from typing import Callable, Iterator, Literal, Optional, Tuple
 
 import torch
@@ -144,7 +145,7 @@ def euler_steps(
         (x after the step, clean latents predicted at the step), one pair a step.
     """
     x = noise * (1.0 + sigmas[0] ** 2).sqrt()
-    for sigma, following in zip(sigmas[:-1], sigmas[1:]):
+    for sigma, following in pairwise(sigmas):
         clean = denoise_fn(x, sigma.expand(x.shape[0]))
         x = x + (x - clean) / sigma * (following - sigma)
         yield x, clean

@@ -1,7 +1,7 @@
 """Everything a set of weights needs to imagine views: autoencoder, image encoder, multi-view UNet, noise schedule.
 
-One class serves every size. The embedded model is built from a configuration file and a file of eight-bit weights; released
-weights fill the same class at full size.
+One class serves every size. The embedded model is built from a configuration file and a file of eight-bit weights;
+released weights fill the same class at full size.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from nvsadapter_guidance.adapter import NVSAdapter, NVSAdapterConfig
 from nvsadapter_guidance.cameras import camera_convention, look_at
-from nvsadapter_guidance.schedule import NoiseSchedule
 from nvsadapter_guidance.errors import InputError
 from nvsadapter_guidance.quantise import dequantise_state_dict, quantise_state_dict
+from nvsadapter_guidance.schedule import NoiseSchedule
 from nvsadapter_guidance.unet import MultiViewUNet
 
 CONFIG_NAME = "config.json"
@@ -159,7 +159,7 @@ class NVSModel(nn.Module):
         try:
             packed = load_file(weights)
         except (SafetensorError, OSError) as error:
-            raise InputError(f"{weights}: not a readable safetensors file ({error}); install or copy it again") from error
+            raise InputError(f"{weights}: not a readable safetensors file ({error}); copy it again") from error
         model = cls(config)
         state = dequantise_state_dict(packed, str(weights))
         try:

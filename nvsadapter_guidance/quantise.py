@@ -1,7 +1,7 @@
 """Weights in eight bits: how the embedded model fits into a small file.
 
-A matrix or kernel is stored as int8 with one float16 scale for each output channel (symmetric, round to nearest), so the
-largest error of a weight is half a step, ``max|w| / 254`` of its channel. Vectors (biases, norms) stay float16.
+A matrix or kernel is stored as int8 with one float16 scale for each output channel (symmetric, round to nearest), so
+the largest error of a weight is half a step, ``max|w| / 254`` of its channel. Vectors (biases, norms) stay float16.
 """
 
 import torch
@@ -47,7 +47,7 @@ def dequantise_state_dict(packed: dict[str, Tensor], where: str) -> dict[str, Te
         if tensor.dtype == torch.int8:
             scale = packed.get(key + SCALE_SUFFIX)
             if scale is None:
-                raise InputError(f"{where}: tensor '{key}' is int8 but has no scale; the file is damaged, install again")
+                raise InputError(f"{where}: tensor '{key}' is int8 but has no scale; the file is damaged")
             tensor = tensor.float() * scale.float().view(-1, *([1] * (tensor.ndim - 1)))
         state[key] = tensor.float() if tensor.is_floating_point() else tensor
         if not torch.isfinite(state[key]).all():

@@ -61,8 +61,9 @@ def plucker_coordinates(
 
 
 def frequency_encoding(x: Float[Tensor, "*batch n"], degrees: int) -> Float[Tensor, "*batch c"]:
-    """[x, sin(2^k x), sin(2^k x + pi/2)] for k < degrees, all k of a coordinate side by side (Mildenhall et al. 2020,
-    eq. 4, without the factor pi). Channels: n (1 + 2 degrees).
+    """[x, sin(2^k x), sin(2^k x + pi/2)] for k < degrees, all k of a coordinate side by side.
+
+    Mildenhall et al. 2020, eq. 4, without the factor pi. Channels: n (1 + 2 degrees).
     """
     scales = 2.0 ** torch.arange(degrees, device=x.device, dtype=x.dtype)
     phases = (x[..., None] * scales).flatten(-2)

@@ -64,7 +64,7 @@ class NoiseSchedule(nn.Module):
     def sampling_timesteps(self, steps: int, start: float = 1.0) -> list[int]:
         """``steps`` descending timesteps from a share ``start`` of the schedule.
 
-        The first of them is the very last timestep when ``start`` is one ("trailing" spacing, Lin et al. 2023, Table 2).
+        The first is the very last timestep when ``start`` is one ("trailing" spacing, Lin et al. 2023, Table 2).
 
         Raises:
             InputError: ``steps`` or ``start`` is out of range.

@@ -25,9 +25,9 @@ class SupportCache:
         """A cache with `function` applied to every tensor."""
         return SupportCache({path: (function(k), function(v)) for path, (k, v) in self.entries.items()})
 
-    def to(self, *args: Union[str, torch.device, torch.dtype]) -> "SupportCache":
-        """Move or convert every tensor (arguments of `Tensor.to`)."""
-        return self.map(lambda tensor: tensor.to(*args))
+    def to(self, target: Union[str, torch.device, torch.dtype]) -> "SupportCache":
+        """Move to a device or convert to a dtype."""
+        return self.map(lambda tensor: tensor.to(target))
 
     def expand(self, repeats: int) -> "SupportCache":
         """Every sample `repeats` times in a row: [a, b] becomes [a, a, b, b] for 2."""

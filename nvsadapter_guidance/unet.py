@@ -25,7 +25,7 @@ class Conditions:
     rays: Float[Tensor, "B views channels h w"]
     support_latents: Optional[Float[Tensor, "B 1 c h w"]]
     support_timesteps: Shaped[Tensor, "B"]
-    control: Optional[Float[Tensor, "B views channels height width"]]
+    control: Optional[Float[Tensor, "B control_views hint_channels height width"]]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class MultiViewUNet(nn.Module):
         ucg_mask: Optional[Bool[Tensor, "B"]] = None,
         unconditional_support_latents: Optional[Float[Tensor, "B 1 c h w"]] = None,
         support_cache: Optional[SupportCache] = None,
-        control_images: Optional[Float[Tensor, "B 1+n k height width"]] = None,
+        control_images: Optional[Float[Tensor, "B 1+n hint_channels height width"]] = None,
         generator: Optional[torch.Generator] = None,
     ) -> Float[Tensor, "B n c h w"]:
         """The UNet's prediction for the query views. No argument is modified.
@@ -117,7 +117,7 @@ class MultiViewUNet(nn.Module):
         ray_embedding: Float[Tensor, "B views channels h w"],
         ucg_mask: Optional[Bool[Tensor, "B"]] = None,
         unconditional_support_latents: Optional[Float[Tensor, "B 1 c h w"]] = None,
-        control_images: Optional[Float[Tensor, "B views k height width"]] = None,
+        control_images: Optional[Float[Tensor, "B control_views hint_channels height width"]] = None,
         generator: Optional[torch.Generator] = None,
     ) -> SupportCache:
         """Run the support view alone and keep what query views attend to.

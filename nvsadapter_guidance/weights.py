@@ -14,7 +14,7 @@ RELEASED_CHECKPOINT = "base_query_4_step_200000.ckpt"
 RELEASED_CONFIG = "base_query_4.yaml"
 RELEASED_URL = "https://twg.kakaocdn.net/brainrepo/models/nvsadapter"
 RELEASED_SIZE = "about 10 GB"
-"""Sum of the tensors in the released layout: UNet, adapter and its average, autoencoder, both OpenCLIP towers, float32."""
+"""Sum of the float32 tensors: UNet, adapter and its average, autoencoder, both OpenCLIP towers."""
 
 
 @dataclass
@@ -83,4 +83,5 @@ def _choose_released(required: bool) -> WeightsChoice:
             f"system.guidance.pretrained: released weights not found in {folders} or the Hugging Face cache; "
             f"needed are {missing}; get them with: {download_commands()}"
         )
-    return WeightsChoice("mini", MINI_MODEL, f"embedded mini model (no {RELEASED_CHECKPOINT} found; get it with: {download_commands()})")
+    reason = f"embedded mini model; no {RELEASED_CHECKPOINT} found, get it with: {download_commands()}"
+    return WeightsChoice("mini", MINI_MODEL, reason)

@@ -1,9 +1,10 @@
-"""Train the embedded model from rendered views: autoencoder first, then UNet, adapter and image encoder together.
+r"""Train the embedded model from rendered views: autoencoder first, then UNet, adapter and image encoder together.
 
-    python scripts/train_mini.py --views data/views/train.tar --validation data/views/val.tar -o outputs/mini --seconds 900
+    python scripts/train_mini.py --views data/views/train.tar --validation data/views/val.tar -o outputs/mini \
+        --seconds 900 --procedural 8192
 
-A run can be cut into pieces: give ``--resume`` with the ``state.pt`` of the piece before, and ``--total-seconds`` the length
-of all pieces together, so that the learning rate knows when to fall.
+A run can be cut into pieces: give ``--resume`` with the ``state.pt`` of the piece before, and ``--total-seconds`` the
+length of all pieces together, so that the learning rate knows when to fall.
 """
 
 import argparse
@@ -27,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--views", type=Path, required=True, help="training views (.tar of render_training_views.py)")
     parser.add_argument("--validation", type=Path, required=True, help="validation views (.tar)")

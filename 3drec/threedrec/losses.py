@@ -13,7 +13,6 @@ from torch.nn import functional
 
 from threedrec.schedules import Schedule
 
-
 NON_NEGATIVE = {"ge": 0}
 
 

@@ -4,6 +4,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -193,7 +194,7 @@ def _encode(pictures: UInt8[np.ndarray, "T H W 3"], path: Path, fps: int) -> Non
 
     options = ["-movflags", "+faststart", "-crf", "20"]
     try:
-        with imageio.get_writer(
+        writer: Any = imageio.get_writer(
             path,
             fps=fps,
             codec="libx264",
@@ -201,7 +202,8 @@ def _encode(pictures: UInt8[np.ndarray, "T H W 3"], path: Path, fps: int) -> Non
             macro_block_size=1,
             quality=None,
             output_params=options,
-        ) as writer:
+        )
+        with writer:
             for picture in pictures:
                 writer.append_data(picture)
     except OSError as error:

@@ -116,8 +116,9 @@ def part_weights(
     picks = torch.multinomial(coarse[..., 3] + 1e-4, parts, replacement=True, generator=generator)
     anchors = _colour_features(coarse[..., :3].gather(1, picks[..., None].expand(count, parts, 3)))
     features = _colour_features(rgba[..., :3])
-    distance = ((features[..., None, :] - anchors[:, None, None, None]) ** 2).sum(-1)
-    return torch.softmax(-sharpness * distance, dim=-1)
+    # squared distances up to a pixel's own square, which the softmax does not see
+    nearness = 2 * torch.einsum("bvhwf,bpf->bvhwp", features, anchors) - (anchors**2).sum(-1)[:, None, None, None]
+    return torch.softmax(sharpness * nearness, dim=-1)
 
 
 def _colour_features(rgb: Float[Tensor, "*b 3"]) -> Float[Tensor, "*b 4"]:

@@ -38,7 +38,8 @@ def reconstruction_loss(
     loss = F.l1_loss(prediction, target)
     for scale in (1, 2):
         p, t = (F.avg_pool2d(x, scale) if scale > 1 else x for x in (prediction, target))
-        loss = loss + gradient_weight * (F.l1_loss(p.diff(dim=-1), t.diff(dim=-1)) + F.l1_loss(p.diff(dim=-2), t.diff(dim=-2)))
+        for axis in (-1, -2):
+            loss = loss + gradient_weight * F.l1_loss(p.diff(dim=axis), t.diff(dim=axis))
     return loss
 
 

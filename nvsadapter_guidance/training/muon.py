@@ -1,7 +1,7 @@
 """Muon: momentum whose matrix-shaped updates are made orthogonal before they are applied.
 
-Jordan et al. 2024 (kellerjordan.github.io/posts/muon); the update is scaled to the size of an Adam step as in Liu et al.
-2025 (arXiv 2502.16982, Eq. 4), so that one learning rate and one weight decay serve both optimisers.
+Jordan et al. 2024 (kellerjordan.github.io/posts/muon); the update is scaled to the size of an Adam step as in Liu et
+al. 2025 (arXiv 2502.16982, Eq. 4), so that one learning rate and one weight decay serve both optimisers.
 """
 
 from collections import defaultdict
@@ -75,9 +75,10 @@ class Muon(torch.optim.Optimizer):
 def split_parameters(module: torch.nn.Module, first_and_last: tuple[str, ...]) -> tuple[list[Tensor], list[Tensor]]:
     """Divide trainable parameters into (for Muon, for AdamW).
 
-    Vectors, embeddings and the layers whose names contain one of ``first_and_last`` go to AdamW, as Muon's authors advise.
+    Vectors, embeddings and layers whose names contain one of ``first_and_last`` go to AdamW, as Muon's authors advise.
     """
-    hidden, rest = [], []
+    hidden: list[Tensor] = []
+    rest: list[Tensor] = []
     for name, p in module.named_parameters():
         if not p.requires_grad:
             continue

@@ -1,8 +1,8 @@
 """Train a small multi-view model from nothing: base UNet, adapter, image encoder and constant text together.
 
-Latents of augmented views are computed once and kept on the device, so that a step is the UNet and little else. Runs are
-measured in seconds and resume from their last state; the learning rate is constant after a warm-up and falls to zero over
-the last part of the last run ("warm-up, stable, decay").
+Latents of augmented views are computed once and kept on the device, so that a step is the UNet and little else. Runs
+are measured in seconds and resume from their last state; the learning rate is constant after a warm-up and falls to
+zero over the last part of the last run ("warm-up, stable, decay").
 """
 
 import logging
@@ -156,10 +156,10 @@ class Pretrainer:
         self.generator = torch.Generator(model.device).manual_seed(config.seed)
         self.data = data
         hidden, rest = split_parameters(model, FIRST_AND_LAST)
-        fused = model.device.type == "cuda"
+        decay, fused = config.weight_decay, model.device.type == "cuda"
         self.optimisers: list[torch.optim.Optimizer] = [
-            Muon(hidden, lr=config.lr, weight_decay=config.weight_decay),
-            torch.optim.AdamW(rest, lr=config.adam_lr, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=fused),
+            Muon(hidden, lr=config.lr, weight_decay=decay),
+            torch.optim.AdamW(rest, lr=config.adam_lr, betas=(0.9, 0.99), weight_decay=decay, fused=fused),
         ]
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.ema = [p.detach().clone() for p in self.trained]
@@ -188,10 +188,9 @@ class Pretrainer:
         latents = batch["latents"]
         noise = torch.randn(latents[:, 1:].shape, generator=self.generator, device=device)
         # Stratified over the batch: the same distribution with less noise in the gradient.
-        strata = (torch.arange(count, device=device) + torch.rand(count, generator=self.generator, device=device)) / count
-        timesteps = (strata * self.model.schedule.num_train_timesteps).long()[
-            torch.randperm(count, generator=self.generator, device=device)
-        ]
+        order = torch.randperm(count, generator=self.generator, device=device)
+        strata = (order + torch.rand(count, generator=self.generator, device=device)) / count
+        timesteps = (strata * self.model.schedule.num_train_timesteps).long()
         ucg_mask = torch.rand(count, generator=self.generator, device=device) < self.config.condition_dropout
         rays = self.model.ray_embedding(batch["azimuth"], batch["elevation"], batch["distance"])
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):

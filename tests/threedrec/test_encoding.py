@@ -79,9 +79,10 @@ def test_fast_lookup_equals_the_definition_in_value_and_gradient():
 
 
 def test_gradients_match_finite_differences():
-    x, rows = points(6).requires_grad_(True), table().requires_grad_(True)
-    assert torch.autograd.gradcheck(lambda p, t: encode(p, t, LEVELS), (x, rows))
-    assert torch.autograd.gradcheck(lambda p, t: encode_with_jacobian(p, t, LEVELS), (x, rows))
+    levels = build_levels(n_levels=2, base_resolution=2, per_level_scale=2.0, log2_hashmap_size=4)
+    x, rows = points(3).requires_grad_(True), table()[:24].clone().requires_grad_(True)
+    assert torch.autograd.gradcheck(lambda p, t: encode(p, t, levels), (x, rows))
+    assert torch.autograd.gradcheck(lambda p, t: encode_with_jacobian(p, t, levels), (x, rows))
 
 
 def test_jacobian_is_the_derivative_of_the_definition():
@@ -146,7 +147,9 @@ def test_frequency_window_opens_band_by_band():
 
 def test_spherical_harmonics_are_orthonormal():
     encoding = build_encoding(EncodingConfig(otype="SphericalHarmonics", degree=4))
-    directions = torch.nn.functional.normalize(torch.randn(200000, 3, generator=torch.Generator().manual_seed(0)), dim=1)
+    directions = torch.nn.functional.normalize(
+        torch.randn(200000, 3, generator=torch.Generator().manual_seed(0)), dim=1
+    )
     values = encoding(0.5 * directions + 0.5)
     gram = 4 * torch.pi * values.T @ values / len(values)
     torch.testing.assert_close(gram, torch.eye(16), atol=0.03, rtol=0)

@@ -33,7 +33,7 @@ def fake_rembg(monkeypatch):
     calls = []
 
     def new_session(name, **options):
-        calls.append((name, options))
+        calls.append((name, options, os.environ.get("U2NET_HOME")))
         return "session"
 
     def remove(image, session, only_mask):
@@ -65,12 +65,16 @@ def no_rembg(monkeypatch):
 def test_its_mask_is_used(fake_rembg, method):
     alpha = cut_out(picture(), method, "x.jpg")[..., 3]
     assert alpha[:32, :32].min() == 1 and alpha.mean() == 0.25
-    assert fake_rembg.calls == [("u2net", {})]
+    assert [call[:2] for call in fake_rembg.calls] == [("u2net", {})]
 
 
-def test_networks_in_files_go_through_its_custom_model(fake_rembg, tmp_path):
+def test_networks_in_files_go_through_its_custom_model(fake_rembg, tmp_path, monkeypatch):
+    """Its custom models must lie in its home, which is moved there for the moment."""
+    monkeypatch.delenv("U2NET_HOME", raising=False)
+    folder = tmp_path.resolve()
     cut_out(picture(), "rembg", "x.jpg", rembg_model=str(tmp_path / "net.onnx"))
-    assert fake_rembg.calls == [("dis_custom", {"model_path": str(tmp_path / "net.onnx")})]
+    assert fake_rembg.calls == [("dis_custom", {"model_path": str(folder / "net.onnx")}, str(folder))]
+    assert "U2NET_HOME" not in os.environ
 
 
 def test_alpha_goes_before_rembg_unless_told_otherwise(fake_rembg):

@@ -86,14 +86,14 @@ def corner_weights(fraction: Float[Tensor, "3 N"]) -> Float[Tensor, "8 N"]:
     return ((z[:, None] * y)[:, :, None] * x).view(8, -1)
 
 
-def corner_slopes(fraction: Float[Tensor, "3 N"], scale: float) -> Float[Tensor, "3 8 N"]:
+def corner_slopes(fraction: Float[Tensor, "3 N"], scale: float) -> list[Float[Tensor, "8 N"]]:
     """Return the derivatives of ``corner_weights`` with respect to x, y and z of the point."""
     x, y, z = _axis_weights(fraction)
     step = fraction.new_tensor([-scale, scale])
     along_x = (z[:, None] * y)[:, :, None] * step[:, None]
     along_y = (z[:, None] * step[:, None])[:, :, None] * x
     along_z = (step[:, None, None] * y)[:, :, None] * x
-    return torch.stack([along_x.view(8, -1), along_y.view(8, -1), along_z.view(8, -1)])
+    return [along_x.view(8, -1), along_y.view(8, -1), along_z.view(8, -1)]
 
 
 def _axis_weights(fraction: Tensor) -> Tensor:
@@ -121,7 +121,8 @@ def jacobian_plain(
     for level in levels:
         cell, fraction = locate(points, level)
         corners = table[level.start : level.start + level.rows][corner_rows(cell, level).long()]
-        slopes.append(torch.einsum("knf,dkn->nfd", corners, corner_slopes(fraction, level.scale)))
+        weights = torch.stack(corner_slopes(fraction, level.scale))
+        slopes.append(torch.einsum("knf,dkn->nfd", corners, weights))
     return torch.cat(slopes, dim=1)
 
 
@@ -139,9 +140,9 @@ class _Encode(torch.autograd.Function):
             bags = rows.t().contiguous()
             part = table[level.start : level.start + level.rows]
             columns = slice(index * channels, (index + 1) * channels)
-            weights = corner_weights(fraction)[None]
+            weights = [corner_weights(fraction)]
             if jacobian:
-                weights = torch.cat([weights, corner_slopes(fraction, level.scale)])
+                weights += corner_slopes(fraction, level.scale)
             for order, weight in enumerate(weights):
                 output[order, :, columns] = functional.embedding_bag(
                     bags, part, per_sample_weights=weight.t().contiguous(), mode="sum"

@@ -24,6 +24,7 @@ from threedrec.mesh.write import TexturedMesh, write_glb, write_obj, write_ply
 logger = logging.getLogger(__name__)
 
 _FORMATS = ("glb", "obj-mtl", "obj", "ply")
+_FEWEST_FACES = 20
 _TEXTURE_SUFFIXES = {"png": ".png", "jpg": ".jpg", "jpeg": ".jpg"}
 
 
@@ -113,7 +114,9 @@ class MeshExporter:
                 config.isosurface_chunk,
             )
         with _timed("simplify", seconds):
-            mesh = keep_large_parts(simplify(surface.mesh, config.face_budget), config.keep_components)
+            # Noise is no better for many faces, and xatlas needs minutes for them.
+            budget = max(config.face_budget // 4, _FEWEST_FACES) if surface.rough else config.face_budget
+            mesh = keep_large_parts(simplify(surface.mesh, budget), config.keep_components)
         model = TexturedMesh(mesh, colors_at(color_fn, mesh.vertices, device, config.isosurface_chunk))
         if config.save_uv and config.save_texture and {"glb", "obj-mtl"} & set(self.formats):
             with _timed("unwrap", seconds):
@@ -189,7 +192,7 @@ def _check(config: MeshExporterConfig) -> list[str]:
         "texture_size": (16, 16384),
         "isosurface_chunk": (1, math.inf),
         "radius": (1e-3, math.inf),
-        "face_budget": (20, math.inf),
+        "face_budget": (_FEWEST_FACES, math.inf),
         "keep_components": (0.0, 1.0),
     }
     for key, (low, high) in limits.items():

@@ -54,7 +54,8 @@ class Isosurface:
 
     mesh: Mesh
     threshold: float
-    spacing: float
+    rough: bool
+    """Whether the field had to be made coarser, since its surface is mostly noise."""
 
 
 @torch.no_grad()
@@ -95,8 +96,8 @@ def extract_isosurface(
     field = np.minimum(_level(density, cut), _level_of_sphere(grid.points(_indices(grid.shape)), radius, grid.spacing))
     if not (field > 0).any():
         raise InputError(
-            f"the field is empty: its largest density, {density.max():.4g}, does not pass the threshold {cut:.4g}, so there "
-            "is no mesh to export; train it longer, or lower system.exporter.isosurface_threshold"
+            f"the field is empty: its largest density, {density.max():.4g}, does not pass the threshold {cut:.4g}, so "
+            "there is no mesh to export; train it longer, or lower system.exporter.isosurface_threshold"
         )
     field, factor = _limit_crossings(field)
     field = keep_solid(np.pad(field, 1, constant_values=-1.0), keep_components)
@@ -112,7 +113,7 @@ def extract_isosurface(
         index = _refine(index, field, level)
     vertices = grid.points((index - 1.0 + 0.5) * factor - 0.5)  # the padding shifted the indices by one
     mesh = Mesh(vertices, faces)
-    return Isosurface(mesh if mesh.volume > 0 else Mesh(vertices, faces[:, ::-1].copy()), cut, grid.spacing * factor)
+    return Isosurface(mesh if mesh.volume > 0 else Mesh(vertices, faces[:, ::-1].copy()), cut, factor > 1)
 
 
 def sample_density(

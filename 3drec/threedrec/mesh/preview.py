@@ -3,6 +3,7 @@
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -71,11 +72,12 @@ def _shade(mesh: trimesh.Trimesh, faces: Tensor, coverage: Coverage, depth: Tens
         return (torch.tensor(np.asarray(values), dtype=torch.float64)[owners] * weights[:, :, None]).sum(dim=1)
 
     image = torch.ones(*hit.shape, 3, dtype=torch.float64)
-    texture = _texture(mesh)
+    visual: Any = mesh.visual
+    texture = _texture(visual)
     if texture is None:
-        image[hit] = across(mesh.visual.vertex_colors[:, :3] / 255.0)
+        image[hit] = across(visual.to_color().vertex_colors[:, :3] / 255.0)
     else:
-        uv = across(mesh.visual.uv)
+        uv = across(visual.uv)
         rows = ((1.0 - uv[:, 1]) * texture.shape[0]).long().clamp(0, texture.shape[0] - 1)
         columns = (uv[:, 0] * texture.shape[1]).long().clamp(0, texture.shape[1] - 1)
         image[hit] = texture[rows, columns]
@@ -94,10 +96,10 @@ def _load(path: str | os.PathLike[str]) -> trimesh.Trimesh:
         raise InputError(f"{path}: cannot be read as a mesh: {error}") from error
 
 
-def _texture(mesh: trimesh.Trimesh) -> Tensor | None:
-    material = getattr(mesh.visual, "material", None)
+def _texture(visual: Any) -> Tensor | None:
+    material = getattr(visual, "material", None)
     image = getattr(material, "baseColorTexture", None) or getattr(material, "image", None)
-    if image is None or getattr(mesh.visual, "uv", None) is None:
+    if image is None or getattr(visual, "uv", None) is None:
         return None
     return torch.tensor(np.asarray(image.convert("RGB")), dtype=torch.float64) / 255.0
 

@@ -50,7 +50,7 @@ def automatic_threshold(density: Float[np.ndarray, "X Y Z"], spacing: float) -> 
     target = min(0.5, 0.5 * largest)
     lowest = -np.log(1.0 - target) / (spacing * max(density.shape))
     candidates = np.geomspace(min(lowest, 0.5 * density.max()), 0.95 * density.max(), _CANDIDATES)
-    seen, both, errors = sum(_agreement(ray, spacing, target, candidates) for ray in rays)
+    seen, both, errors = np.sum([_agreement(ray, spacing, target, candidates) for ray in rays], axis=0)
     iou = both / np.maximum(seen, 1)
     return _middle_of_plateau(candidates, 1.0 - iou + _DEPTH_WEIGHT * errors / np.maximum(both, 1))
 

@@ -15,7 +15,7 @@ _CHARTS = 100
 """A chart takes at most one part in this many of the surface. xatlas's time grows much faster than a chart's size: on
 a smooth object of 50,000 faces the limit makes it five to eight times faster, and leaves fewer slivers of charts."""
 _EXTENT = 1000.0
-"""Size at which xatlas sees the mesh; to faces of an absolute area below about 1e-7 it gives no place in the texture."""
+"""Size at which xatlas sees the mesh; faces of an absolute area below about 1e-7 get no place in the texture."""
 
 
 @dataclass(frozen=True)

@@ -73,9 +73,7 @@ class MetricsFile:
         node[leaf] = jsonable(value)
 
     @contextmanager
-    def stage(
-        self, name: str, device: torch.device | str = "cpu", resumed: bool = False
-    ) -> Iterator["StageTimer"]:
+    def stage(self, name: str, device: torch.device | str = "cpu", resumed: bool = False) -> Iterator["StageTimer"]:
         """Measure a stage: ``stages.<name>.seconds`` and ``stages.<name>.peak_memory_gb``, written on the way out.
 
         On CUDA the peak is of memory held by tensors, and ``peak_host_memory_gb`` is added. With ``resumed``, the

@@ -1,6 +1,10 @@
 """Which part of an image is the object: its own alpha, ``rembg`` when installed, or classical means."""
 
 import logging
+import os
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -114,11 +118,27 @@ def _cut_out_rembg(rgb: Float[np.ndarray, "H W 3"], path: str, model: str) -> Fl
 
 
 def _session(rembg: Any, model: str) -> Any:
-    if model.endswith(".onnx"):
-        return rembg.new_session("dis_custom", model_path=str(Path(model).resolve()))
-    return rembg.new_session(model)
+    if not model.endswith(".onnx"):
+        return rembg.new_session(model)
+    file = Path(model).resolve()
+    # rembg only opens networks inside its home, which this variable of its names.
+    with _environment("U2NET_HOME", str(file.parent)):
+        return rembg.new_session("dis_custom", model_path=str(file))
+
+
+@contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _reason(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {textwrap.shorten(lines[0], 160)}" if lines else type(error).__name__

@@ -1,8 +1,8 @@
 """Which cells of the box hold something: a coarse grid that lets rays skip empty space.
 
 Each cell keeps a decaying maximum of the opacity of one ray step inside it (Mueller et al. 2022, appendix E.2); cells
-above a threshold are occupied. The tests of the field happen at random points of the cells, so thin parts are found
-over time even when a single test misses them.
+above a threshold are occupied, and so are their neighbours across a face: a test at a random point of a cell that the
+surface just enters often misses it, and a hole in the grid would be a hole in the object.
 """
 
 import math
@@ -116,7 +116,8 @@ class OccupancyGrid(nn.Module):
         if not self.binary.any():
             # An empty field would never be sampled, hence never change: look everywhere.
             self.binary = torch.ones_like(self.binary)
-        cube = self.binary.view(self.resolution, self.resolution, self.resolution)
+        cube = _grown(self.binary.view(self.resolution, self.resolution, self.resolution))
+        self.binary = cube.reshape(-1)
         low, high = [], []
         for axis in range(3):
             others = tuple(other for other in range(3) if other != axis)
@@ -125,6 +126,16 @@ class OccupancyGrid(nn.Module):
             high.append(taken[-1] + 1)
         corners = torch.stack([torch.stack(low), torch.stack(high)])
         self.bounds = corners * (2 * self.radius / self.resolution) - self.radius
+
+
+def _grown(cube: Bool[Tensor, "G G G"]) -> Bool[Tensor, "G G G"]:
+    """Return the cells that are set or share a face with one that is."""
+    grown = cube.clone()
+    for axis in range(3):
+        count = cube.shape[axis] - 1
+        grown.narrow(axis, 1, count).logical_or_(cube.narrow(axis, 0, count))
+        grown.narrow(axis, 0, count).logical_or_(cube.narrow(axis, 1, count))
+    return grown
 
 
 def step_length(radius: float, num_samples: int) -> float:

@@ -1,0 +1,127 @@
+"""Training the small model: batches, optimisers, resuming, and a loss that falls."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_nvs import tiny_nvs_model
+
+from nvsadapter_guidance.training.autoencoder import AutoencoderTraining, reconstruction_loss, train_autoencoder
+from nvsadapter_guidance.training.muon import Muon, orthogonalise, split_parameters
+from nvsadapter_guidance.training.pretrain import FIRST_AND_LAST, Pretrainer, Pretraining, encode_banks
+from nvsadapter_guidance.training.validate import silhouette, validate_views
+from nvsadapter_guidance.training.views import ViewBank
+
+CONFIG = Pretraining(batch_size=8, copies=2, compile=False, warmup_steps=5, lr=3e-3, adam_lr=3e-3)
+
+
+def coloured_discs(objects: int = 3) -> ViewBank:
+    """Views of balls with a bright half: sixteen cameras as in validation, 32 pixels."""
+    azimuth = torch.arange(8).repeat(2) * 45.0
+    elevation = torch.tensor([0.0, 30.0]).repeat_interleave(8)
+    y, x = torch.meshgrid(torch.linspace(-1, 1, 32), torch.linspace(-1, 1, 32), indexing="ij")
+    disc = (x**2 + y**2 < 0.4).float()
+    rgba = torch.zeros(objects, 16, 32, 32, 4)
+    for index in range(objects):
+        shade = 0.2 + 0.3 * (x[None] > torch.sin(torch.deg2rad(azimuth))[:, None, None]).float()
+        rgba[index, ..., index % 3] = shade
+        rgba[index, ..., 3] = disc
+    shape = (objects, 16)
+    names = tuple(f"disc{i}" for i in range(objects))
+    return ViewBank(
+        (rgba * 255).byte(), azimuth.expand(shape), elevation.expand(shape), torch.full(shape, 1.5), names
+    )
+
+
+def trainer(seed: int = 0) -> Pretrainer:
+    model = tiny_nvs_model(adapter=tiny_nvs_model().config.adapter | {"num_query": 4})
+    config = replace(CONFIG, seed=seed)
+    return Pretrainer(model, encode_banks(model, [coloured_discs()], config), config)
+
+
+def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
+    matrices = torch.randn(3, 20, 8, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalise(matrices))
+    assert values.min() > 0.5 and values.max() < 1.3
+    assert orthogonalise(torch.zeros(1, 4, 4)).abs().max() == 0
+
+
+def test_muon_steps_have_the_size_of_adam_steps() -> None:
+    weight = torch.zeros(16, 16, requires_grad=True)
+    optimiser = Muon([weight], lr=1.0, weight_decay=0.0)
+    weight.grad = torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+    optimiser.step()
+    assert weight.detach().square().mean().sqrt() == pytest.approx(0.2, rel=0.3)
+
+
+def test_parameters_are_divided_without_loss() -> None:
+    model = tiny_nvs_model().requires_grad_(True)
+    hidden, rest = split_parameters(model, FIRST_AND_LAST)
+    assert len(hidden) + len(rest) == len(list(model.parameters()))
+    assert all(p.ndim >= 2 for p in hidden)
+    assert any(p is model.text_context for p in rest) and any(p is model.network.unet.conv_out.weight for p in rest)
+
+
+def test_reconstruction_loss_is_zero_only_for_equal_images() -> None:
+    image = torch.rand(2, 3, 8, 8)
+    assert reconstruction_loss(image, image, 0.5) == 0
+    # A constant offset has no gradient error: 0.1 of absolute error alone.
+    assert reconstruction_loss(image + 0.1, image, 0.5) == pytest.approx(0.1, rel=1e-4)
+
+
+def test_the_autoencoder_learns_and_sets_the_scale_of_its_latents() -> None:
+    model = tiny_nvs_model().requires_grad_(True)
+    scores = train_autoencoder(model.vae, [coloured_discs()], AutoencoderTraining(seconds=0.5, batch_size=4))
+    assert scores["steps"] >= 1 and model.vae.config.scaling_factor == scores["scaling_factor"] > 0
+
+
+def test_batches_hold_the_support_first_and_mirror_azimuths() -> None:
+    run = trainer()
+    batch = run.draw()
+    assert batch["latents"].shape == (8, 5, 4, 8, 8) and batch["image"].shape == (8, 3, 32, 32)
+    signs = run.data[0].azimuth / coloured_discs().azimuth.clamp_min(1.0)[None]
+    assert set(signs[..., 1:8].sign().unique().tolist()) == {-1.0, 1.0}
+
+
+def test_the_loss_falls_and_inert_parameters_stay() -> None:
+    run = trainer()
+    inert = [p.clone() for p in run.model.parameters() if not p.requires_grad]
+    losses = [float(run.train_step()) for _ in range(60)]
+    assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+    assert all(torch.equal(a, b) for a, b in zip(inert, (p for p in run.model.parameters() if not p.requires_grad)))
+
+
+def test_a_run_resumes_from_its_state() -> None:
+    run = trainer()
+    for _ in range(3):
+        run.train_step()
+    other = trainer()
+    other.model.load_state_dict(run.model.state_dict())
+    other.load(copy.deepcopy(run.state()))
+    other.generator.set_state(run.generator.get_state())
+    assert other.step == 3
+    assert float(run.train_step()) == float(other.train_step())
+    assert all(torch.equal(a, b) for a, b in zip(run.ema, other.ema, strict=True))
+
+
+def test_swapping_the_average_twice_changes_nothing() -> None:
+    run = trainer()
+    run.train_step()
+    before = [p.clone() for p in run.trained]
+    run.swap_average()
+    assert any(not torch.equal(a, b) for a, b in zip(before, run.trained, strict=True))
+    run.swap_average()
+    assert all(torch.equal(a, b) for a, b in zip(before, run.trained, strict=True))
+
+
+def test_validation_scores_a_bank() -> None:
+    scores, pictures = validate_views(tiny_nvs_model(), coloured_discs(), steps=1)
+    assert pictures.shape == (3, 16, 3, 32, 32)
+    assert 0 <= scores.mask_iou <= 1 and scores.copy_psnr > 5
+
+
+def test_silhouettes_are_what_is_not_white() -> None:
+    image = torch.ones(1, 3, 4, 4)
+    image[0, 1, 2, 3] = 0.5
+    assert silhouette(image).nonzero().tolist() == [[0, 2, 3]]
