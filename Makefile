@@ -12,6 +12,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# Two processes, one file of tests at a time in each: a test uses one thread.
+PYTEST_ARGS ?= -n 2 --dist loadfile
 DEMO_IMAGE ?= $(firstword $(wildcard load/images/*.png))
 
 .PHONY: setup demo test lint clean
@@ -23,7 +25,7 @@ demo: setup
 	$(BIN)/python launch.py --config configs/nvsadapter.yaml --train name=demo data.image_path=$(DEMO_IMAGE)
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -98,9 +98,10 @@ class NVSAdapterConfig:
                 nearest = difflib.get_close_matches(key, known, n=1)
                 hint = f"did you mean '{nearest[0]}'?" if nearest else f"known keys: {', '.join(known)}"
                 raise InputError(f"{source}: unknown key '{key}'; {hint}")
+        # JSON has no tuples.
+        plain: Dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in values.items()}
         try:
-            # JSON has no tuples.
-            return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+            return cls(**plain)
         except TypeError as error:
             raise InputError(f"{source}: a value has the wrong type ({error}); see NVSAdapterConfig") from error
 

@@ -61,7 +61,7 @@ def sampling_timesteps(num_steps: int, num_timesteps: int = 1000) -> Int[Tensor,
     return ((num_timesteps - 1) * (1.0 - torch.arange(num_steps, dtype=torch.float64) / num_steps)).long()
 
 
-def sampling_sigmas(alphas_cumprod: Float[Tensor, "timesteps"], num_steps: int) -> Float[Tensor, "steps+1"]:
+def sampling_sigmas(alphas_cumprod: Float[Tensor, "timesteps"], num_steps: int) -> Float[Tensor, "levels"]:
     """Descending noise levels of `sampling_timesteps` with a final 0, float32."""
     timesteps = sampling_timesteps(num_steps, alphas_cumprod.shape[0]).to(alphas_cumprod.device)
     sigmas = sigmas_from_alphas(alphas_cumprod[timesteps])
@@ -132,7 +132,7 @@ def guide(
 
 
 def euler_steps(
-    denoise_fn: Denoiser, noise: Float[Tensor, "B *rest"], sigmas: Float[Tensor, "steps+1"]
+    denoise_fn: Denoiser, noise: Float[Tensor, "B *rest"], sigmas: Float[Tensor, "levels"]
 ) -> Iterator[Tuple[Tensor, Tensor]]:
     """Euler's method on the probability flow ODE, no churn (Karras et al. 2022, algorithm 1 without 2nd order).
 
@@ -152,7 +152,7 @@ def euler_steps(
 
 
 def euler_sample(
-    denoise_fn: Denoiser, noise: Float[Tensor, "B *rest"], sigmas: Float[Tensor, "steps+1"]
+    denoise_fn: Denoiser, noise: Float[Tensor, "B *rest"], sigmas: Float[Tensor, "levels"]
 ) -> Float[Tensor, "B *rest"]:
     """The last x of `euler_steps`."""
     *_, (samples, _) = euler_steps(denoise_fn, noise, sigmas)

@@ -1,7 +1,10 @@
 r"""Train the embedded model from rendered views: autoencoder first, then UNet, adapter and image encoder together.
 
-    python scripts/train_mini.py --views data/views/train.tar --validation data/views/val.tar -o outputs/mini \
-        --seconds 900 --procedural 8192
+    python scripts/train_mini.py --views data/views/train.tar --validation data/views/val.tar \
+        -o outputs/mini --seconds 900 --procedural 2048
+
+On several GPUs: ``torchrun --nproc_per_node=2 scripts/train_mini.py ...``; the batch size is that of one of them. There,
+the first process trains the autoencoder while the others render the procedural objects.
 
 A run can be cut into pieces: give ``--resume`` with the ``state.pt`` of the piece before, and ``--total-seconds`` the
 length of all pieces together, so that the learning rate knows when to fall.
@@ -11,13 +14,18 @@ import argparse
 import dataclasses
 import json
 import logging
+import os
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
 
-from nvsadapter_guidance.model import NVSModel, NVSModelConfig
-from nvsadapter_guidance.training.autoencoder import AutoencoderTraining, train_autoencoder
+from nvsadapter_guidance.model import WEIGHTS_NAME, NVSModel, NVSModelConfig
+from nvsadapter_guidance.quantise import dequantise_state_dict
+from nvsadapter_guidance.training.autoencoder import AutoencoderTraining, measure, train_autoencoder
 from nvsadapter_guidance.training.pretrain import Pretrainer, Pretraining, encode_banks
 from nvsadapter_guidance.training.procedural import render_procedural
 from nvsadapter_guidance.training.validate import validate_views
@@ -25,6 +33,7 @@ from nvsadapter_guidance.training.views import ViewBank, load_tar
 
 log = logging.getLogger("train_mini")
 ROOT = Path(__file__).resolve().parent.parent
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -35,83 +44,148 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for weights, state and metrics")
     parser.add_argument("--config", type=Path, default=ROOT / "configs/mini/model.json", help="shape of the model")
     parser.add_argument("--autoencoder-seconds", type=float, default=60.0)
+    parser.add_argument("--autoencoder-from", type=Path, help="model folder whose autoencoder to use instead")
     parser.add_argument("--seconds", type=float, default=60.0, help="length of this piece of training")
+    parser.add_argument("--deadline", type=float, help="end training when the whole process is this old, in seconds")
     parser.add_argument("--total-seconds", type=float, help="length of all pieces together (default: --seconds)")
     parser.add_argument("--resume", type=Path, help="state.pt of the piece before")
     parser.add_argument("--start-from", type=Path, help="model folder whose weights to start from")
     parser.add_argument("--procedural", type=int, default=0, help="how many procedural objects to render and add")
+    parser.add_argument("--no-validation", action="store_true", help="skip the sampled views at the end")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="fields of Pretraining, e.g. lr=1e-3")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 
 
-def overrides(pairs: list[str]) -> dict[str, object]:
+def overrides(pairs: list[str]) -> dict[str, Any]:
     """Read ``key=value`` pairs with JSON values."""
     return {key: json.loads(value) for key, _, value in (pair.partition("=") for pair in pairs)}
 
 
-def load_banks(arguments: argparse.Namespace) -> list[ViewBank]:
-    """The training views and, when asked for, procedural ones, on the device."""
-    banks = [load_tar(arguments.views).to(arguments.device)]
-    if arguments.procedural:
-        start = time.perf_counter()
-        generator = torch.Generator(arguments.device).manual_seed(1)
-        banks.append(render_procedural(arguments.procedural, generator))
-        log.info("rendered %d procedural objects in %.1f s", arguments.procedural, time.perf_counter() - start)
-    return banks
+def procedural_bank(count: int, device: torch.device) -> ViewBank:
+    """Render procedural objects, other ones in every process."""
+    start = time.perf_counter()
+    # Compiling the tracer takes minutes, which so few objects do not earn back.
+    bank = render_procedural(count, torch.Generator(device).manual_seed(1 + RANK), compiled=False)
+    log.info("rendered %d procedural objects in %.1f s", count, time.perf_counter() - start)
+    return bank
 
 
-def build_model(arguments: argparse.Namespace, banks: list[ViewBank], metrics: dict[str, object]) -> NVSModel:
-    """A model to train: loaded, or fresh with an autoencoder trained first."""
+def build_model(arguments: argparse.Namespace, device: torch.device) -> NVSModel:
+    """A model to train, the same in every process: loaded, or fresh."""
     if arguments.start_from:
-        return NVSModel.load(arguments.start_from).to(arguments.device)
+        return NVSModel.load(arguments.start_from).to(device)
     torch.manual_seed(0)
-    model = NVSModel(NVSModelConfig(**json.loads(arguments.config.read_text()))).to(arguments.device)
-    if not arguments.resume:
-        training = AutoencoderTraining(seconds=arguments.autoencoder_seconds)
-        metrics["autoencoder"] = train_autoencoder(model.vae, banks, training)
+    return NVSModel(NVSModelConfig(**json.loads(arguments.config.read_text()))).to(device)
+
+
+def load_autoencoder(model: NVSModel, folder: Path) -> None:
+    """Take the autoencoder of a model folder, whatever else is in it."""
+    packed = {k: v for k, v in load_file(folder / WEIGHTS_NAME).items() if k.startswith("vae.")}
+    state = dequantise_state_dict(packed, str(folder / WEIGHTS_NAME))
+    model.vae.load_state_dict({k.removeprefix("vae."): v for k, v in state.items()})
+
+
+def share_autoencoder(model: NVSModel) -> None:
+    """Give every process the first one's autoencoder."""
+    if WORLD == 1:
+        return
+    for tensor in model.vae.state_dict().values():
+        dist.broadcast(tensor, 0)
+    scale = torch.tensor([model.vae.config.scaling_factor], device=model.device, dtype=torch.float64)
+    dist.broadcast(scale, 0)
+    model.vae.register_to_config(scaling_factor=float(scale))
+
+
+def prepare_training(
+    arguments: argparse.Namespace, device: torch.device, config: Pretraining, metrics: dict[str, Any]
+) -> Pretrainer:
+    """Load the views, train or load the autoencoder, encode everything, restore the state."""
+    banks = [load_tar(arguments.views).to(device)]
+    model = build_model(arguments, device)
+    if arguments.procedural and (RANK > 0 or WORLD == 1):
+        banks.append(procedural_bank(arguments.procedural, device))
+        config.procedural_share *= WORLD / max(WORLD - 1, 1)
+    if arguments.resume:
+        state = torch.load(arguments.resume, map_location=device, weights_only=True)
+        model.load_state_dict(state["model"])
+        model.vae.register_to_config(scaling_factor=state["scaling_factor"])
+        config.seed += state["step"]
+        metrics["autoencoder"] = state["autoencoder"]
+    elif arguments.autoencoder_from:
+        load_autoencoder(model, arguments.autoencoder_from)
+        metrics["autoencoder"] = measure(model.vae, banks[0], torch.Generator(device).manual_seed(0))
         log.info("autoencoder: %s", metrics["autoencoder"])
-    return model
+        share_autoencoder(model)
+    elif not arguments.start_from:
+        if RANK == 0:
+            training = AutoencoderTraining(seconds=arguments.autoencoder_seconds)
+            metrics["autoencoder"] = train_autoencoder(model.vae, banks, training)
+            log.info("autoencoder: %s", metrics["autoencoder"])
+        share_autoencoder(model)
+    config.seed += 1000 * RANK
+    start = time.perf_counter()
+    trainer = Pretrainer(model, encode_banks(model, banks, config), config)
+    log.info("encoded the views in %.1f s", time.perf_counter() - start)
+    if arguments.resume:
+        trainer.load(state)
+    return trainer
+
+
+def finish(arguments: argparse.Namespace, trainer: Pretrainer, metrics: dict[str, Any]) -> None:
+    """Write the state, the averaged model, its scores and some of its views."""
+    model = trainer.model
+    torch.save(trainer.state() | {"autoencoder": metrics.get("autoencoder")}, arguments.output / "state.pt")
+    trainer.swap_average()
+    model.eval()
+    model.save(arguments.output / "model")
+    metrics |= {"config": dataclasses.asdict(trainer.config), "steps": trainer.step, "seconds": trainer.elapsed}
+    metrics |= {"history": trainer.history, "procedural": arguments.procedural, "processes": WORLD}
+    metrics["parameters"] = sum(p.numel() for p in model.parameters())
+    if torch.cuda.is_available():
+        metrics |= {"device": torch.cuda.get_device_name(), "peak_gb": torch.cuda.max_memory_allocated() / 2**30}
+    metrics["torch"] = torch.__version__
+    if not arguments.no_validation:
+        scores, pictures = validate_views(model, load_tar(arguments.validation).to(model.device))
+        log.info("validation: %s", scores)
+        metrics["scores"] = dataclasses.asdict(scores)
+        torch.save((pictures * 255).round().byte().cpu(), arguments.output / "views.pt")
+    (arguments.output / "metrics.json").write_text(json.dumps(metrics, indent=1))
 
 
 def main() -> None:
     """Run one piece of training, validate, and write ``model/``, ``state.pt``, ``metrics.json`` and ``views.pt``."""
+    began = time.perf_counter()
     arguments = parse_arguments()
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    level = logging.INFO if RANK == 0 else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
+    device = torch.device(arguments.device, RANK) if arguments.device == "cuda" else torch.device(arguments.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if WORLD > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     arguments.output.mkdir(parents=True, exist_ok=True)
-    metrics: dict[str, object] = {"arguments": {k: str(v) for k, v in vars(arguments).items()}}
-    banks = load_banks(arguments)
-    model = build_model(arguments, banks, metrics)
+    metrics: dict[str, Any] = {"arguments": {k: str(v) for k, v in vars(arguments).items()}}
     config = Pretraining(
         seconds=arguments.seconds,
         total_seconds=arguments.total_seconds or arguments.seconds,
-        **overrides(arguments.set),  # type: ignore[arg-type]
+        **overrides(arguments.set),
     )
-    state = torch.load(arguments.resume, map_location=arguments.device, weights_only=True) if arguments.resume else None
-    if state is not None:
-        model.load_state_dict(state["model"])
-        model.vae.register_to_config(scaling_factor=state["scaling_factor"])
-        config.seed += state["step"]
+    trainer = prepare_training(arguments, device, config, metrics)
     start = time.perf_counter()
-    trainer = Pretrainer(model, encode_banks(model, banks, config), config)
-    log.info("encoded the views in %.1f s", time.perf_counter() - start)
-    if state is not None:
-        trainer.load(state)
-    trainer.run(config.seconds)
-    torch.save(trainer.state(), arguments.output / "state.pt")
-    trainer.swap_average()
-    model.eval()
-    scores, pictures = validate_views(model, load_tar(arguments.validation).to(arguments.device))
-    log.info("validation: %s", scores)
-    metrics |= {"config": dataclasses.asdict(config), "steps": trainer.step, "seconds": trainer.elapsed}
-    metrics |= {"scores": dataclasses.asdict(scores), "history": trainer.history}
-    if torch.cuda.is_available():
-        metrics |= {"device": torch.cuda.get_device_name(), "peak_gb": torch.cuda.max_memory_allocated() / 2**30}
-    (arguments.output / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    torch.save((pictures * 255).round().byte().cpu(), arguments.output / "views.pt")
-    model.save(arguments.output / "model")
+    trainer.train_step()
+    log.info("first step, with compilation, in %.1f s", time.perf_counter() - start)
+    seconds = config.seconds
+    if arguments.deadline:
+        seconds = min(seconds, arguments.deadline - (time.perf_counter() - began))
+    trainer.run(seconds)
+    log.info("%d steps in %.0f s", trainer.step, trainer.elapsed)
+    if RANK == 0:
+        finish(arguments, trainer, metrics)
+    if WORLD > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

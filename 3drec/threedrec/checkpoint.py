@@ -96,19 +96,9 @@ def load_model(model: nn.Module, checkpoint: Checkpoint, source: Path | str) -> 
     for problem, names in (("lacks", missing), ("has an unknown", surplus), ("has another shape of", shapes)):
         if names:
             raise InputError(
-                f"resume: {source}: {problem} `{names[0]}`; use the config of the run that wrote it (configs/parsed.yaml)"
+                f"resume: {source}: {problem} `{names[0]}`; use the config of the run that wrote it (parsed.yaml)"
             )
     model.load_state_dict(checkpoint.model)
-
-
-def resume_path(resume: str | None, run_dir: Path) -> Path | None:
-    """Turn the config's ``resume`` into a file: a path, ``auto`` for the run's last checkpoint, or nothing."""
-    if not resume:
-        return None
-    if resume != "auto":
-        return Path(resume)
-    last = run_dir / "ckpts" / LAST
-    return last if last.is_file() else None
 
 
 class CheckpointKeeper:
@@ -129,6 +119,7 @@ class CheckpointKeeper:
 
     @property
     def last(self) -> Path:
+        """The checkpoint that a resumed run starts from."""
         return self.folder / LAST
 
     def due(self, step: int) -> bool:

@@ -15,12 +15,16 @@ from torch import Tensor
 
 from threedrec.warm_start import ViewSet
 
+SMALLEST_SCALE = 0.1
+"""Colour difference in [0, 1]."""
+
 
 class Confidence:
     """How far each part of each view is believed: running residuals on a coarse grid over every view.
 
     The weight of a part is the product of its own Geman-McClure weight, ``1 / (1 + (r / c)²)²``, and its view's, with
-    residuals r measured against ``c = tolerance ×`` the median over the parts that show the object.
+    residuals r measured against ``c = tolerance ×`` the median over the parts that show the object. c does not fall
+    below ``SMALLEST_SCALE``: once views agree, what is left is no disagreement but detail that is not fitted yet.
     """
 
     def __init__(self, views: ViewSet, tolerance: float, cells: int = 16, memory: float = 0.9) -> None:
@@ -83,7 +87,7 @@ class Confidence:
 
 
 def _geman_mcclure(residual: Tensor, scale: Tensor) -> Tensor:
-    return (1.0 + (residual / scale.clamp(min=1e-4)).square()).reciprocal().square()
+    return (1.0 + (residual / scale.clamp(min=SMALLEST_SCALE)).square()).reciprocal().square()
 
 
 class RaySampler:

@@ -1,6 +1,5 @@
 """Score distillation: the stages in which the guidance judges random views of the scene."""
 
-from collections.abc import Callable
 
 import torch
 

@@ -72,7 +72,7 @@ class SingleImageConfig:
     batch_size: int = field(default=1, metadata={"ignored": "there is one reference view", "harmless": (1,)})
     recenter: bool = True
     """Centre the object and scale it to ``fill``; False keeps the image's own framing (padded to a square)."""
-    fill: float = field(default=0.7, metadata={"ge": 0.1, "le": 1.0})
+    fill: float = field(default=0.65, metadata={"ge": 0.1, "le": 1.0})
     """Longer side of the silhouette's box over the frame's side."""
     segmentation: Literal["auto", "alpha", "rembg", "plain"] = "auto"
     """How the object is told from the background, see ``preprocess.segmentation``."""

@@ -1,8 +1,10 @@
 """From command-line arguments to a finished job: config, device, run folder, reconstruction."""
 
+import contextlib
 import logging
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -54,6 +56,7 @@ def run_job(job: Job) -> Path:
     config = load_config(job.config, job.overrides, values=job.values, device_type=device.type)
     _check_image(config.data.image_path)
     run_dir = open_run(config, job.mode)
+    there_before = set(run_dir.iterdir())
     if config.resume and (run_dir / PARSED).is_file():
         changed = changed_keys(config, run_dir / PARSED)
         if changed:
@@ -66,13 +69,33 @@ def run_job(job: Job) -> Path:
     from threedrec.registry import find
 
     reconstruction = find("system", config.system_type)(config, run_dir, device)
-    {
+    work = {
         "train": reconstruction.train,
         "validate": reconstruction.validate,
         "test": reconstruction.test,
         "export": reconstruction.export,
-    }[job.mode]()
+    }[job.mode]
+    try:
+        work()
+    except InputError:
+        if job.mode == "train" and config.resume is None:
+            _discard_unbegun(run_dir, there_before)
+        raise
     return run_dir
+
+
+def _discard_unbegun(run_dir: Path, kept: set[Path]) -> None:
+    """Remove what a run left that ended before its first checkpoint, but nothing that was there before (``kept``)."""
+    if any((run_dir / CHECKPOINTS).glob("[!.]*")):
+        return
+    for path in set(run_dir.iterdir()) - kept:
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+    if not kept:
+        with contextlib.suppress(OSError):
+            run_dir.rmdir()
 
 
 def choose_device(gpu: str) -> "torch.device":

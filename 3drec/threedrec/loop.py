@@ -113,8 +113,8 @@ class LoopRunner:
     def _log(self, stage: str, done: int, result: StepResult, force: bool) -> dict[str, float]:
         """Write the step's values to the loggers when it is their turn; return the newest known values."""
         if force or done % self.log_every_n_steps == 0 or not self.last_terms:
-            values = {"loss": result.loss, **result.terms}
-            self.last_terms = {name: float(value) for name, value in values.items()}
+            values = {"loss": result.loss.detach(), **result.terms}
+            self.last_terms = {name: float(torch.as_tensor(value).detach()) for name, value in values.items()}
             self.fabric.log_dict({f"{stage}/{name}": value for name, value in self.last_terms.items()}, step=done)
         return self.last_terms
 

@@ -1,7 +1,9 @@
 """What a person looks at: turntable videos and sheets of views."""
 
+import errno
 import logging
 import os
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,6 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from threedrec.errors import InputError
 from threedrec.files import atomic_path
 
 logger = logging.getLogger(__name__)
@@ -181,7 +182,7 @@ def _bytes(images: Float[Tensor, "N H W 3"]) -> UInt8[np.ndarray, "N H W 3"]:
 def _ffmpeg_problem() -> str | None:
     """Why ffmpeg cannot be used, or None where it can."""
     try:
-        import imageio_ffmpeg
+        import imageio_ffmpeg  # type: ignore[import-untyped]
 
         imageio_ffmpeg.get_ffmpeg_exe()
     except (ImportError, RuntimeError, OSError) as error:
@@ -191,8 +192,8 @@ def _ffmpeg_problem() -> str | None:
 
 def _encode(pictures: UInt8[np.ndarray, "T H W 3"], path: Path, fps: int) -> None:
     import imageio.v2 as imageio
+    import imageio_ffmpeg
 
-    options = ["-movflags", "+faststart", "-crf", "20"]
     try:
         writer: Any = imageio.get_writer(
             path,
@@ -201,14 +202,17 @@ def _encode(pictures: UInt8[np.ndarray, "T H W 3"], path: Path, fps: int) -> Non
             pixelformat="yuv420p",
             macro_block_size=1,
             quality=None,
-            output_params=options,
+            output_params=["-movflags", "+faststart", "-crf", "20"],
         )
         with writer:
             for picture in pictures:
                 writer.append_data(picture)
-    except OSError as error:
-        if error.errno is not None and not isinstance(error, BrokenPipeError):
+        # ffmpeg runs in a process of its own, and its failure at the end of a file goes unnoticed.
+        written = imageio_ffmpeg.count_frames_and_secs(path)[0] if path.exists() else 0
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, OSError) and error.errno not in (None, errno.EPIPE):
             raise
-        # ffmpeg met the problem in a process of its own; what it said is in the message.
-        reason = next((line for line in str(error).splitlines() if "No space" in line), "ffmpeg failed")
-        raise InputError(f"{path.parent}: the video cannot be written ({reason}); free space there") from error
+        written = 0
+    if written != len(pictures):
+        full = shutil.disk_usage(path.parent).free < pictures.nbytes
+        raise OSError(errno.ENOSPC if full else errno.EIO, "ffmpeg did not finish the video")

@@ -47,6 +47,7 @@ class Run:
 
     @property
     def device(self) -> torch.device:
+        """Where everything is computed."""
         return self.fabric.device
 
     @property

@@ -100,7 +100,8 @@ class Supervision:
         ambient_ratio: float,
     ) -> RenderOutput:
         weights = self.weights
-        uses = (weights.lambda_normal_smooth, weights.lambda_3d_normal_smooth, weights.lambda_orient, weights.lambda_normal)
+        smooth = (weights.lambda_normal_smooth, weights.lambda_3d_normal_smooth)
+        uses = (*smooth, weights.lambda_orient, weights.lambda_normal)
         lights = cameras.positions if cameras.light_positions is None else cameras.light_positions
         return self.scene.renderer(
             rays_o.reshape(-1, 3),
@@ -112,7 +113,9 @@ class Supervision:
             normals=any(value_at(weight, step) > 0 for weight in uses),
         )
 
-    def _reference_geometry(self, out: RenderOutput, support: SupportView, pick: tuple[slice, slice], step: int) -> Terms:
+    def _reference_geometry(
+        self, out: RenderOutput, support: SupportView, pick: tuple[slice, slice], step: int
+    ) -> Terms:
         """Depth and normals against the maps that lie beside the photograph, where a loss uses them.
 
         A normal map is in the OpenGL camera frame: right is red, up is green, towards the camera is blue.
@@ -151,6 +154,10 @@ def _subgrid(height: int, width: int, rays: int, generator: torch.Generator) -> 
     return slice(phase[0], None, stride), slice(phase[1], None, stride)
 
 
+_JUDGED_FROM = 0.4
+"""Share of the fit after which views are weighted by their agreement."""
+
+
 class ViewFit:
     """The losses that fit a scene to sampled views and to the reference."""
 
@@ -169,7 +176,7 @@ class ViewFit:
         """Losses of a fresh draw of rays.
 
         Args:
-            progress: share of the fit that is done; agreement is judged after a fifth of it.
+            progress: share of the fit that is done; agreement is judged when there is something to agree on.
             generator: source of the draw.
         """
         config = self.config
@@ -184,9 +191,11 @@ class ViewFit:
         white = torch.ones_like(rays_d)
         out = self.scene.renderer(rays_o, rays_d, shading="albedo", generator=generator, bg_color=white)
         count = len(at[0])
-        terms = self._view_terms(out.rgb[:count], out.opacity[:count], at, judged=progress > 0.2)
+        terms = self._view_terms(out.rgb[:count], out.opacity[:count], at, judged=progress > _JUDGED_FROM)
         rgb, mask = self.support.rgb[None][ref], self.support.mask[None][ref]
-        terms["reference"] = _charbonnier(out.rgb[count:] - rgb).mean() + (out.opacity[count:] - mask).square().mean()
+        error = _charbonnier(out.rgb[count:] - rgb).mean() + (out.opacity[count:] - mask).abs().mean()
+        # At first all views shape the object alike; a reference that outweighs them is painted onto fog before it.
+        terms["reference"] = error * min(1.0, 0.25 + progress)
         if progress > 0.5 and config.lambda_opaque > 0:
             terms["opaque"] = losses.opaque_loss(out.opacity)
         if config.lambda_normal_smooth > 0:

@@ -17,14 +17,8 @@ _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.ERO
 
 
 def setup_logging(verbose: bool = False) -> None:
-    """Send the log of both packages to stderr by ``rich``; ``verbose`` shows debug lines too."""
-    from rich.console import Console
-    from rich.logging import RichHandler
-
-    handler = RichHandler(
-        console=Console(stderr=True), show_path=verbose, rich_tracebacks=False, log_time_format="%H:%M:%S", markup=False
-    )
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    """Send the log of both packages to stderr; ``verbose`` shows debug lines too."""
+    handler = _terminal_handler(verbose) if sys.stderr.isatty() else _plain_handler()
     for name in _PACKAGES:
         package = logging.getLogger(name)
         package.handlers = [handler]
@@ -33,6 +27,22 @@ def setup_logging(verbose: bool = False) -> None:
     logging.captureWarnings(True)
     # Warnings of libraries say little to somebody who wants a mesh.
     logging.getLogger("py.warnings").addHandler(handler if verbose else logging.NullHandler())
+
+
+def _terminal_handler(verbose: bool) -> logging.Handler:
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    handler = RichHandler(console=Console(stderr=True), show_path=verbose, log_time_format="%H:%M:%S")
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    return handler
+
+
+def _plain_handler() -> logging.Handler:
+    """One log line is one line of the file that stderr goes to; ``rich`` would wrap it."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", "%H:%M:%S"))
+    return handler
 
 
 def say_error(message: str) -> None:

@@ -41,7 +41,7 @@ class WarmStartConfig:
     """Share of the rays that belong to the reference."""
     foreground_share: float = limited(0.7, ge=0, le=1)
     """Share of a view's rays drawn from around its silhouette, the rest from the whole frame."""
-    lr: float = limited(0.01, gt=0)
+    lr: float = limited(0.03, gt=0)
     """Learning rate at the first step; falls to a tenth by a cosine."""
     lambda_rgb: float = limited(1.0, ge=0)
     """Weight of the colour of sampled views."""

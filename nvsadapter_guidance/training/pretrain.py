@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -101,6 +102,38 @@ def _cameras(bank: ViewBank) -> tuple[Tensor, Tensor, Tensor]:
     return bank.azimuth, bank.elevation, bank.distance
 
 
+def settle_gradients(parameters: list[Tensor]) -> Tensor:
+    """Average gradients over the processes of a distributed run, and drop them all if one is not finite.
+
+    One overflow would otherwise reach every weight through the norm that clips gradients. Without gradients a step goes
+    on along the momentum, which is harmless once and shows in the count of dropped steps.
+
+    Returns:
+        1 where the gradients were dropped, 0 otherwise; still on the device.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in gradients])
+    if dist.is_initialized():
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+    finite = flat.isfinite().all()
+    flat = torch.where(finite, flat, torch.zeros_like(flat))
+    pieces = flat.split([g.numel() for g in gradients])
+    torch._foreach_copy_(gradients, [piece.view_as(g) for piece, g in zip(pieces, gradients, strict=True)])
+    return 1 - finite.long()
+
+
+def clock_of_first(seconds: float, device: torch.device) -> float:
+    """The reading of the first process's clock, after the device has caught up."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    if not dist.is_initialized():
+        return seconds
+    reading = torch.tensor([seconds], device=device, dtype=torch.float64)
+    dist.broadcast(reading, 0)
+    return float(reading)
+
+
 def encode_banks(model: NVSModel, banks: list[ViewBank], config: Pretraining) -> list[LatentBank]:
     """Latents of all banks: ``config.copies`` augmented copies of the first, one of every other."""
     generator = torch.Generator(model.device).manual_seed(config.seed)
@@ -153,6 +186,12 @@ class Pretrainer:
         self.model, self.config = model.train().requires_grad_(True), config
         model.vae.requires_grad_(False).eval()
         model.network.adapter.freeze_inert()
+        if model.text_context.shape[1] == 1:
+            # Softmax over one token is constant: all that queries and keys would get is rounding noise.
+            for block in model.network.adapter.block_adapters():
+                attention = model.network.unet.get_submodule(block).attn2
+                attention.to_q.requires_grad_(False)
+                attention.to_k.requires_grad_(False)
         self.generator = torch.Generator(model.device).manual_seed(config.seed)
         self.data = data
         hidden, rest = split_parameters(model, FIRST_AND_LAST)
@@ -166,6 +205,7 @@ class Pretrainer:
         self.loss = DiffusionLoss(model)
         self.compiled = torch.compile(self.loss) if config.compile else self.loss
         self.step, self.elapsed = 0, 0.0
+        self.dropped = torch.zeros((), dtype=torch.long, device=model.device)
         self.history: list[tuple[int, float, float]] = []
 
     def learning_rate_factor(self) -> float:
@@ -190,7 +230,8 @@ class Pretrainer:
         # Stratified over the batch: the same distribution with less noise in the gradient.
         order = torch.randperm(count, generator=self.generator, device=device)
         strata = (order + torch.rand(count, generator=self.generator, device=device)) / count
-        timesteps = (strata * self.model.schedule.num_train_timesteps).long()
+        last = self.model.schedule.num_train_timesteps - 1
+        timesteps = (strata * (last + 1)).long().clamp(max=last)
         ucg_mask = torch.rand(count, generator=self.generator, device=device) < self.config.condition_dropout
         rays = self.model.ray_embedding(batch["azimuth"], batch["elevation"], batch["distance"])
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -198,6 +239,7 @@ class Pretrainer:
         for optimiser in self.optimisers:
             optimiser.zero_grad(set_to_none=True)
         loss.backward()
+        self.dropped += settle_gradients(self.trained)
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         factor = self.learning_rate_factor()
         for optimiser, base in zip(self.optimisers, (self.config.lr, self.config.adam_lr), strict=True):
@@ -216,13 +258,13 @@ class Pretrainer:
         losses: list[Tensor] = []
         while self.elapsed - before < seconds:
             losses.append(self.train_step())
-            if self.step % 10 == 0 and self.model.device.type == "cuda":
-                torch.cuda.synchronize()
-            self.elapsed = before + time.perf_counter() - start
+            if self.step % 10 == 0:
+                # Every process must leave the loop at the same step, so the first one's clock counts.
+                self.elapsed = before + clock_of_first(time.perf_counter() - start, self.model.device)
             if self.step % 250 == 0:
-                mean = float(torch.stack(losses).mean())
+                mean = float(torch.stack(losses).nanmean())
                 self.history.append((self.step, self.elapsed, mean))
-                log.info("step %d (%.0f s): loss %.4f", self.step, self.elapsed, mean)
+                log.info("step %d (%.0f s): loss %.4f, %d dropped", self.step, self.elapsed, mean, int(self.dropped))
                 losses.clear()
 
     def swap_average(self) -> None:

@@ -7,7 +7,6 @@ rendered meshes. Lengths inside are in object space, where an object is about on
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +37,11 @@ class Tracing:
     compiled: bool = False
 
     @property
+    def kernels(self) -> sdf.Kernels:
+        """The inner functions, compiled or not."""
+        return sdf.compiled_kernels() if self.compiled else sdf.EAGER
+
+    @property
     def samples(self) -> int:
         """Samples along a side of the picture."""
         return self.size * self.supersample
@@ -56,7 +60,7 @@ def render_procedural(
     size: int = 128,
     supersample: int = 2,
     compiled: bool | None = None,
-    objects_at_once: int = 64,
+    objects_at_once: int | None = None,
     tiles_at_once: int | None = None,
 ) -> ViewBank:
     """Draw and render ``count`` random objects.
@@ -71,7 +75,7 @@ def render_procedural(
         size: side of a view in pixels, such that ``size * supersample`` is a multiple of 16.
         supersample: samples per pixel along each side.
         compiled: fuse the arithmetic with ``torch.compile`` (on CUDA by default).
-        objects_at_once, tiles_at_once: bound the memory; tiles default to 16384 on CUDA and 256 on the CPU.
+        objects_at_once, tiles_at_once: bound the memory; 512 and 16384 on CUDA, 16 and 256 on the CPU by default.
 
     Raises:
         InputError: a size or count cannot be rendered.
@@ -82,16 +86,20 @@ def render_procedural(
             f"size * supersample that is a multiple of {TILE}"
         )
     cuda = generator.device.type == "cuda"
-    tiles = tiles_at_once or (16384 if cuda else 256)
-    tracing = Tracing(size, supersample, tiles, cuda if compiled is None else compiled)
+    tracing = Tracing(
+        size, supersample, tiles_at_once or (16384 if cuda else 256), cuda if compiled is None else compiled
+    )
     parts, kinds = random_parts(count, generator)
     packed = parts.packed()
     azimuth, elevation = orbit_views(count, views, generator)
     radius = 0.44 + 0.06 * torch.rand(count, generator=generator, device=generator.device)
     rgba = torch.empty((count, views, size, size, 4), dtype=torch.uint8, device=generator.device)
-    for start in range(0, count, objects_at_once):
-        rows = slice(start, start + objects_at_once)
-        centre, scale = placement(packed[rows], radius[rows])
+    at_once = objects_at_once or (512 if cuda else 16)
+    for start in range(0, count, at_once):
+        rows = slice(start, start + at_once)
+        few = 64 if cuda else 1
+        placed = [placement(*some) for some in zip(packed[rows].split(few), radius[rows].split(few), strict=True)]
+        centre, scale = (torch.cat(column) for column in zip(*placed, strict=True))
         cameras = object_cameras(azimuth[rows], elevation[rows], centre, scale)
         rgba[rows] = trace(packed[rows], cameras, scale, tracing)
     names = tuple(f"procedural_{index:06d}_{kind}" for index, kind in enumerate(kinds))
@@ -124,17 +132,13 @@ def placement(
     axis = torch.linspace(-1.1, 1.1, resolution, device=packed.device)
     points = torch.cartesian_prod(axis, axis, axis)
     spacing = float(axis[1] - axis[0])
-    inside = torch.cat([sdf.distance(_xyz(points), row[None]) < 0.6 * spacing for row in packed])
+    x, y, z = points.T[:, None]
+    inside = sdf.distance((x, y, z), packed) < 0.6 * spacing
     far = torch.where(inside[..., None], points, -math.inf).amax(1)
     near = torch.where(inside[..., None], points, math.inf).amin(1)
     centre = torch.where(torch.isfinite(far), (far + near) / 2, 0.0)
     reach = torch.where(inside, torch.linalg.vector_norm(points - centre[:, None], dim=-1), 0.0).amax(1)
     return centre, radius / reach.clamp_min(0.1)
-
-
-def _xyz(points: Float[Tensor, "r 3"]) -> sdf.Points:
-    x, y, z = points.T[:, None]
-    return x, y, z
 
 
 def object_cameras(
@@ -165,13 +169,11 @@ def trace(
     start, active = _cone_pass(packed, cameras.flatten(0, 1), scale, tracing)
     pixels = TILE // tracing.supersample
     tiles = torch.zeros((count * views * per_side**2, pixels, pixels, 4), dtype=torch.uint8, device=packed.device)
-    march = torch.compile(_march, dynamic=False) if tracing.compiled else _march
-    shade = torch.compile(_shade, dynamic=False) if tracing.compiled else _shade
     indices = active.nonzero()[:, 0]
     for chunk in indices.split(tracing.tiles):
         # the last chunk is filled up with its first tile, so that compiled code sees one shape
         padded = torch.cat([chunk, chunk[:1].expand(tracing.tiles - len(chunk))]) if tracing.compiled else chunk
-        tiles[padded] = _render_tiles(padded, packed, cameras.flatten(0, 1), scale, start, tracing, march, shade)
+        tiles[padded] = _render_tiles(padded, packed, cameras.flatten(0, 1), scale, start, tracing)
     grid = tiles.view(count, views, per_side, per_side, pixels, pixels, 4)
     return grid.permute(0, 1, 2, 4, 3, 5, 6).reshape(count, views, tracing.size, tracing.size, 4)
 
@@ -190,7 +192,7 @@ def _cone_pass(
     scales = scale[objects, None]
     depth = ((DISTANCE - REACH) / scales).expand(-1, per_side**2)
     for _ in range(CONE_STEPS):
-        gap = sdf.distance(_at(origin, direction, depth), each) - slope * depth
+        gap = sdf.distance(_at(origin, direction, depth), each, tracing.kernels) - slope * depth
         depth = depth + gap.clamp_min(0) / (1 + slope)
     return depth.flatten(), (depth < (DISTANCE + REACH) / scales).flatten()
 
@@ -202,8 +204,6 @@ def _render_tiles(
     scale: Tensor,
     start: Float[Tensor, " t"],
     tracing: Tracing,
-    march: Callable[..., Tensor],
-    shade: Callable[..., Tensor],
 ) -> UInt8[Tensor, "m h w 4"]:
     per_side, views = tracing.tiles_per_side, len(cameras) // len(packed)
     view, place = tiles // per_side**2, tiles % per_side**2
@@ -215,9 +215,9 @@ def _render_tiles(
     each = packed[objects]
     depth = start[tiles, None].expand(-1, TILE * TILE).contiguous()
     for _ in range(RAY_STEPS):
-        depth = march(depth, origin, direction, each)
+        depth = depth + sdf.distance(_at(origin, direction, depth), each, tracing.kernels)
     footprint = 2 * math.tan(math.radians(FOVY / 2)) / tracing.samples
-    rgba = shade(depth, origin, direction, each, 1.25 * footprint)
+    rgba = _shade(_at(origin, direction, depth), each, 1.25 * footprint * depth, tracing.kernels)
     pixels = TILE // tracing.supersample
     blocks = rgba.view(len(tiles), pixels, tracing.supersample, pixels, tracing.supersample, 4).mean(dim=(2, 4))
     colour = blocks[..., :3] / blocks[..., 3:].clamp_min(1e-6)
@@ -244,20 +244,15 @@ def _at(origin: sdf.Points, direction: sdf.Points, depth: Tensor) -> sdf.Points:
     return x, y, z
 
 
-def _march(depth: Tensor, origin: sdf.Points, direction: sdf.Points, packed: Tensor) -> Float[Tensor, "m r"]:
-    return depth + sdf.distance(_at(origin, direction, depth), packed)
-
-
 def _shade(
-    depth: Tensor, origin: sdf.Points, direction: sdf.Points, packed: Tensor, footprint: float
+    points: sdf.Points, packed: Tensor, tolerance: Float[Tensor, "m r"], kernels: sdf.Kernels
 ) -> Float[Tensor, "m r 4"]:
-    """Premultiplied colour and coverage where rays ended."""
-    points = _at(origin, direction, depth)
-    hit = (sdf.distance(points, packed) < footprint * depth).float()
-    x, y, z = sdf.normal(points, packed)
+    """Premultiplied colour and coverage where rays ended; a surface farther than ``tolerance`` was missed."""
+    hit = (sdf.distance(points, packed, kernels) < tolerance).float()
+    x, y, z = sdf.normal(points, packed, kernels)
     light = torch.full_like(x, AMBIENT)
     for source in LIGHTS:
         towards = source.direction
         light = light + source.intensity * (x * towards[0] + y * towards[1] + z * towards[2]).clamp_min(0)
-    colour = [channel * light * hit for channel in sdf.albedo(points, packed)]
+    colour = [channel * light * hit for channel in sdf.albedo(points, packed, kernels)]
     return torch.stack([*colour, hit], dim=-1)

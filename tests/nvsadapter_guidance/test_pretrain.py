@@ -9,7 +9,13 @@ from tiny_nvs import tiny_nvs_model
 
 from nvsadapter_guidance.training.autoencoder import AutoencoderTraining, reconstruction_loss, train_autoencoder
 from nvsadapter_guidance.training.muon import Muon, orthogonalise, split_parameters
-from nvsadapter_guidance.training.pretrain import FIRST_AND_LAST, Pretrainer, Pretraining, encode_banks
+from nvsadapter_guidance.training.pretrain import (
+    FIRST_AND_LAST,
+    Pretrainer,
+    Pretraining,
+    encode_banks,
+    settle_gradients,
+)
 from nvsadapter_guidance.training.validate import silhouette, validate_views
 from nvsadapter_guidance.training.views import ViewBank
 
@@ -103,6 +109,16 @@ def test_a_run_resumes_from_its_state() -> None:
     assert other.step == 3
     assert float(run.train_step()) == float(other.train_step())
     assert all(torch.equal(a, b) for a, b in zip(run.ema, other.ema, strict=True))
+
+
+def test_gradients_that_are_not_finite_are_dropped_together() -> None:
+    weights = [torch.ones(2, 2, requires_grad=True), torch.ones(3, requires_grad=True)]
+    weights[0].grad, weights[1].grad = torch.full((2, 2), 2.0), torch.tensor([1.0, 2.0, 3.0])
+    assert settle_gradients(weights) == 0
+    assert weights[1].grad.tolist() == [1.0, 2.0, 3.0]
+    weights[1].grad[1] = float("inf")
+    assert settle_gradients(weights) == 1
+    assert weights[0].grad.abs().sum() == weights[1].grad.abs().sum() == 0
 
 
 def test_swapping_the_average_twice_changes_nothing() -> None:

@@ -50,6 +50,7 @@ class SphereGuidance:
         warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
         wrong_views: int = 0
         noise: float = 0.0
+    size: int = 32
 
     def __init__(self, config: Config, device: torch.device | str = "cpu") -> None:
         self.config = config
@@ -68,6 +69,7 @@ class SphereGuidance:
     def sample_views(
         self, cameras: Cameras, generator: torch.Generator, num_inference_steps: int, guidance_scale: float
     ) -> Tensor:
+        cameras = cameras.resized(self.config.size, self.config.size)
         rgb, _ = render_spheres(cameras)
         wrong, _ = render_spheres(cameras, mirrored=True)
         which = torch.randperm(len(cameras), generator=generator)[: self.config.wrong_views]

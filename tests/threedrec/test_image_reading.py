@@ -163,7 +163,8 @@ def damaged(tmp_path, name: str, content: bytes) -> str:
 
 def encoded(fmt: str, size: tuple[int, int] = (64, 64)) -> bytes:
     buffer = io.BytesIO()
-    Image.effect_noise(size, 50).convert("RGB").save(buffer, fmt)
+    noise = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, fmt)
     return buffer.getvalue()
 
 

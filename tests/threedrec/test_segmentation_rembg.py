@@ -27,6 +27,12 @@ def picture(background: float | None = 1.0) -> np.ndarray:
     return rgba
 
 
+@pytest.fixture(autouse=True)
+def _heard(monkeypatch):
+    """Commands that ran before may have taken the log away from the root logger, where caplog listens."""
+    monkeypatch.setattr(logging.getLogger("threedrec"), "propagate", True)
+
+
 @pytest.fixture
 def fake_rembg(monkeypatch):
     """A rembg that marks the upper left quarter; ``calls`` records what it was asked."""
@@ -72,6 +78,9 @@ def test_networks_in_files_go_through_its_custom_model(fake_rembg, tmp_path, mon
     """Its custom models must lie in its home, which is moved there for the moment."""
     monkeypatch.delenv("U2NET_HOME", raising=False)
     folder = tmp_path.resolve()
+    with pytest.raises(InputError, match=r"data\.rembg_model: .*net\.onnx: no such file"):
+        cut_out(picture(), "rembg", "x.jpg", rembg_model=str(tmp_path / "net.onnx"))
+    (tmp_path / "net.onnx").write_bytes(b"")
     cut_out(picture(), "rembg", "x.jpg", rembg_model=str(tmp_path / "net.onnx"))
     assert fake_rembg.calls == [("dis_custom", {"model_path": str(folder / "net.onnx")}, str(folder))]
     assert "U2NET_HOME" not in os.environ

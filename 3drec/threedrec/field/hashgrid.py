@@ -127,48 +127,52 @@ def jacobian_plain(
 
 
 class _Encode(torch.autograd.Function):
-    """``encode_plain`` with an explicit first derivative. Output: (1, N, LF), with jacobian (4, N, LF), value first."""
+    """Features (N, LF) and, with ``jacobian``, their slopes (3, N, LF), with an explicit first derivative."""
 
     @staticmethod
-    def forward(ctx: Any, points: Tensor, table: Tensor, levels: Sequence[Level], jacobian: bool) -> Tensor:
-        channels = table.shape[1]
-        output = table.new_empty(4 if jacobian else 1, len(points), len(levels) * channels)
+    def forward(
+        ctx: Any, points: Tensor, table: Tensor, levels: Sequence[Level], jacobian: bool
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        features: list[Tensor] = []
+        slopes: list[list[Tensor]] = [[], [], []]
         saved: list[Tensor] = []
-        for index, level in enumerate(levels):
+        for level in levels:
             cell, fraction = locate(points, level)
             rows = corner_rows(cell, level)
             bags = rows.t().contiguous()
             part = table[level.start : level.start + level.rows]
-            columns = slice(index * channels, (index + 1) * channels)
-            weights = [corner_weights(fraction)]
+            features.append(_weighted_rows(bags, part, corner_weights(fraction)))
             if jacobian:
-                weights += corner_slopes(fraction, level.scale)
-            for order, weight in enumerate(weights):
-                output[order, :, columns] = functional.embedding_bag(
-                    bags, part, per_sample_weights=weight.t().contiguous(), mode="sum"
-                )
+                for axis, weights in enumerate(corner_slopes(fraction, level.scale)):
+                    slopes[axis].append(_weighted_rows(bags, part, weights))
             saved += [rows, fraction] if ctx.needs_input_grad[1] else []
         ctx.save_for_backward(points, table, *saved)
         ctx.levels = levels
-        return output
+        joined = torch.cat(features, dim=-1)
+        return (joined, torch.stack([torch.cat(axis, dim=-1) for axis in slopes])) if jacobian else joined
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         points, table, *saved = ctx.saved_tensors
-        grad = grad_outputs[0]
         grad_table = grad_points = None
         if ctx.needs_input_grad[1]:
             channels = table.shape[1]
-            gradients = grad.transpose(1, 2).contiguous()
+            grad = grad_outputs[0].t().contiguous()[None]
+            if len(grad_outputs) > 1:
+                grad = torch.cat([grad, grad_outputs[1].transpose(1, 2)])
             grad_table = torch.empty_like(table)
             for index, level in enumerate(ctx.levels):
-                block = gradients[:, index * channels : (index + 1) * channels]
+                block = grad[:, index * channels : (index + 1) * channels]
                 part = _scatter(block, level, saved[2 * index], saved[2 * index + 1])
                 grad_table[level.start : level.start + level.rows] = part.t()
         if ctx.needs_input_grad[0]:
-            grad_points = _grad_points(points, table, ctx.levels, grad)
+            grad_points = _grad_points(points, table, ctx.levels, grad_outputs)
         return grad_points, grad_table, None, None
+
+
+def _weighted_rows(bags: Tensor, table: Tensor, weights: Tensor) -> Tensor:
+    return functional.embedding_bag(bags, table, per_sample_weights=weights.t().contiguous(), mode="sum")
 
 
 def _scatter(grad: Tensor, level: Level, rows: Tensor, fraction: Tensor) -> Tensor:
@@ -196,13 +200,13 @@ def _scatter(grad: Tensor, level: Level, rows: Tensor, fraction: Tensor) -> Tens
     return result
 
 
-def _grad_points(points: Tensor, table: Tensor, levels: Sequence[Level], grad: Tensor) -> Tensor:
+def _grad_points(points: Tensor, table: Tensor, levels: Sequence[Level], grad_outputs: Sequence[Tensor]) -> Tensor:
     with torch.enable_grad():
         leaf = points.detach().requires_grad_(True)
-        outputs = encode_plain(leaf, table.detach(), levels)[None]
-        if len(grad) > 1:
-            outputs = torch.cat([outputs, jacobian_plain(leaf, table.detach(), levels).permute(2, 0, 1)])
-        return torch.autograd.grad(outputs, leaf, grad)[0]
+        outputs = [encode_plain(leaf, table.detach(), levels)]
+        if len(grad_outputs) > 1:
+            outputs.append(jacobian_plain(leaf, table.detach(), levels).permute(2, 0, 1))
+        return torch.autograd.grad(outputs, leaf, grad_outputs)[0]
 
 
 def encode(points: Float[Tensor, "N 3"], table: Float[Tensor, "T F"], levels: Sequence[Level]) -> Float[Tensor, "N LF"]:
@@ -213,12 +217,12 @@ def encode(points: Float[Tensor, "N 3"], table: Float[Tensor, "T F"], levels: Se
         table: the rows of all levels, one after another.
         levels: from ``build_levels``.
     """
-    return _Encode.apply(points, table, levels, False)[0]
+    return _Encode.apply(points, table, levels, False)
 
 
 def encode_with_jacobian(
     points: Float[Tensor, "N 3"], table: Float[Tensor, "T F"], levels: Sequence[Level]
 ) -> tuple[Float[Tensor, "N LF"], Float[Tensor, "N LF 3"]]:
     """Return ``encode`` and ``jacobian_plain`` from one lookup, both differentiable once in points and table."""
-    output = _Encode.apply(points, table, levels, True)
-    return output[0], output[1:].permute(1, 2, 0)
+    features, slopes = _Encode.apply(points, table, levels, True)
+    return features, slopes.permute(1, 2, 0)

@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Dict, Union
 
@@ -18,13 +18,22 @@ from threedrec.mesh.bake import ColorFunction, bake_texture, colors_at
 from threedrec.mesh.isosurface import DensityFunction, extract_isosurface
 from threedrec.mesh.simplify import keep_large_parts, simplify
 from threedrec.mesh.types import is_watertight
-from threedrec.mesh.unwrap import unwrap
+from threedrec.mesh.unwrap import chart_options, pack_options, unwrap
 from threedrec.mesh.write import TexturedMesh, write_glb, write_obj, write_ply
 
 logger = logging.getLogger(__name__)
 
 _FORMATS = ("glb", "obj-mtl", "obj", "ply")
 _FEWEST_FACES = 20
+_LIMITS: dict[str, tuple[float, float]] = {
+    "texture_size": (16, 16384),
+    "isosurface_resolution": (8, 1024),
+    "isosurface_smoothing": (0.0, 10.0),
+    "isosurface_chunk": (1, math.inf),
+    "radius": (1e-3, math.inf),
+    "face_budget": (_FEWEST_FACES, math.inf),
+    "keep_components": (0.0, 1.0),
+}
 _TEXTURE_SUFFIXES = {"png": ".png", "jpg": ".jpg", "jpeg": ".jpg"}
 
 
@@ -54,8 +63,10 @@ class MeshExporterConfig:
     """Of threestudio's rasteriser; not used, since the texture is rasterised without one."""
     isosurface_resolution: int = 0
     """Voxels along the longest side of the object's box; 0 is 256 on a GPU and 160 on a CPU."""
-    isosurface_threshold: Union[float, str] = "auto"
+    isosurface_threshold: Union[int, float, str] = "auto"
     """Density of the surface, or ``auto``: the surface that rays see (``threedrec.mesh.threshold``)."""
+    isosurface_smoothing: float = 1.5
+    """Standard deviation of the smoothing of the surface, voxels; 0 keeps all of the field's noise."""
     isosurface_chunk: int = 262144
     """Points per call of the field."""
     radius: float = 1.0
@@ -64,6 +75,37 @@ class MeshExporterConfig:
     """Most faces of the mesh."""
     keep_components: float = 0.05
     """Solid parts smaller than this fraction of the largest are dropped."""
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            InputError: a value is out of range or unknown; begins with its key.
+        """
+        for name in self.formats:
+            if name not in _FORMATS:
+                raise InputError(f"fmt: unknown format {name!r}; choose from {', '.join(_FORMATS)} or all")
+        if {"obj", "obj-mtl"} <= set(self.formats):
+            raise InputError("fmt: obj and obj-mtl write the same file; choose one of them")
+        if self.texture_format not in _TEXTURE_SUFFIXES:
+            raise InputError(f"texture_format: unknown format {self.texture_format!r}; choose png or jpg")
+        if self.save_name in ("", ".", "..") or Path(self.save_name).name != self.save_name:
+            raise InputError(f"save_name: {self.save_name!r} is not a plain file name; give one")
+        threshold = self.isosurface_threshold
+        if threshold != "auto" and not (_is_number(threshold) and float(threshold) > 0):
+            raise InputError(f"isosurface_threshold: {threshold!r} is neither auto nor a positive density")
+        for key, (low, high) in _LIMITS.items():
+            value = getattr(self, key)
+            if not low <= value <= high and not (key == "isosurface_resolution" and value == 0):
+                raise InputError(f"{key}: {value} is out of range; give a value from {low:g} to {high:g}")
+        chart_options(self.xatlas_chart_options)
+        pack_options(self.xatlas_pack_options)
+
+    @property
+    def formats(self) -> list[str]:
+        """The formats to write."""
+        names = [part.strip() for part in self.fmt.split(",")]
+        return ["glb", "obj-mtl", "ply"] if names == ["all"] else names
 
 
 @dataclass(frozen=True)
@@ -85,13 +127,8 @@ class MeshExporter:
     Config = MeshExporterConfig
 
     def __init__(self, config: MeshExporterConfig) -> None:
-        """Check the values of ``config``.
-
-        Raises:
-            InputError: a value is out of range or unknown; names its key.
-        """
+        """Export as ``config`` says."""
         self.config = config
-        self.formats = _check(config)
 
     def __call__(
         self,
@@ -109,6 +146,7 @@ class MeshExporter:
                 config.isosurface_resolution or (256 if device.type == "cuda" else 160),
                 None if config.isosurface_threshold == "auto" else float(config.isosurface_threshold),
                 config.radius,
+                config.isosurface_smoothing,
                 config.keep_components,
                 device,
                 config.isosurface_chunk,
@@ -118,7 +156,7 @@ class MeshExporter:
             budget = max(config.face_budget // 4, _FEWEST_FACES) if surface.rough else config.face_budget
             mesh = keep_large_parts(simplify(surface.mesh, budget), config.keep_components)
         model = TexturedMesh(mesh, colors_at(color_fn, mesh.vertices, device, config.isosurface_chunk))
-        if config.save_uv and config.save_texture and {"glb", "obj-mtl"} & set(self.formats):
+        if config.save_uv and config.save_texture and {"glb", "obj-mtl"} & set(self.config.formats):
             with _timed("unwrap", seconds):
                 atlas = unwrap(mesh, config.texture_size, config.xatlas_chart_options, config.xatlas_pack_options)
             with _timed("bake", seconds):
@@ -135,13 +173,13 @@ class MeshExporter:
         name, normals = self.config.save_name, self.config.save_normal
         suffix = _TEXTURE_SUFFIXES[self.config.texture_format]
         with atomic_folder(out_dir) as folder:
-            if "obj-mtl" in self.formats:
+            if "obj-mtl" in self.config.formats:
                 write_obj(folder / f"{name}.obj", model, normals, suffix)
-            if "obj" in self.formats:
+            if "obj" in self.config.formats:
                 write_obj(folder / f"{name}.obj", TexturedMesh(model.mesh, model.colors), normals)
-            if "ply" in self.formats:
+            if "ply" in self.config.formats:
                 write_ply(folder / f"{name}.ply", model, normals)
-            if "glb" in self.formats:
+            if "glb" in self.config.formats:
                 write_glb(folder / f"{name}.glb", model, normals)
             names = sorted(file.name for file in folder.iterdir())
         return [out_dir / file for file in names]
@@ -165,46 +203,10 @@ def export_mesh(
         device: where the points for both functions are made.
 
     Raises:
-        InputError: the field is empty or not finite, a value of ``config`` is wrong, or ``out_dir`` is not writable.
+        InputError: the field is empty or not finite, ``name`` is no file name, or ``out_dir`` is not writable.
     """
-    named = MeshExporterConfig(**{**vars(config), "save_name": name or config.save_name})
+    named = replace(config, save_name=name or config.save_name)
     return MeshExporter(named)(density_fn, color_fn, out_dir, device)
-
-
-def _check(config: MeshExporterConfig) -> list[str]:
-    """The formats to write, once every value has been found good."""
-    formats = [part.strip() for part in config.fmt.split(",")]
-    if formats == ["all"]:
-        formats = ["glb", "obj-mtl", "ply"]
-    for name in formats:
-        if name not in _FORMATS:
-            raise InputError(f"system.exporter.fmt: unknown format {name!r}; choose from {', '.join(_FORMATS)} or all")
-    if {"obj", "obj-mtl"} <= set(formats):
-        raise InputError("system.exporter.fmt: obj and obj-mtl write the same file; choose one of them")
-    if config.texture_format not in _TEXTURE_SUFFIXES:
-        raise InputError(f"system.exporter.texture_format: unknown format {config.texture_format!r}; choose png or jpg")
-    if not config.save_name or Path(config.save_name).name != config.save_name:
-        raise InputError(f"system.exporter.save_name: {config.save_name!r} is not a plain file name; give one")
-    threshold = config.isosurface_threshold
-    if threshold != "auto" and not (_is_number(threshold) and float(threshold) > 0):
-        raise InputError(f"system.exporter.isosurface_threshold: {threshold!r} is neither auto nor a positive density")
-    limits = {
-        "texture_size": (16, 16384),
-        "isosurface_chunk": (1, math.inf),
-        "radius": (1e-3, math.inf),
-        "face_budget": (_FEWEST_FACES, math.inf),
-        "keep_components": (0.0, 1.0),
-    }
-    for key, (low, high) in limits.items():
-        value = getattr(config, key)
-        if not low <= value <= high:
-            raise InputError(f"system.exporter.{key}: {value} is out of range; give a value from {low:g} to {high:g}")
-    if config.isosurface_resolution != 0 and not 8 <= config.isosurface_resolution <= 1024:
-        raise InputError(
-            f"system.exporter.isosurface_resolution: {config.isosurface_resolution} is out of range; give 0 (chosen by "
-            "the device) or a value from 8 to 1024"
-        )
-    return formats
 
 
 def _is_number(value: float | str) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import mcubes
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from scipy import ndimage
 from torch import Tensor
 
@@ -22,10 +22,9 @@ DensityFunction = Callable[[Float[Tensor, "N 3"]], Float[Tensor, "N 1"]]
 
 _COARSE = 64
 _MARGIN = 2
-"""Coarse voxels left around the solid when the fine grid is fitted to it."""
+"""Coarse voxels around the solid in which the fine grid looks for its surface."""
 _MAX_CROSSINGS = 1_000_000
 """Vertices that the marching cubes may make; noise would make tens of millions."""
-_REFINEMENTS = 4
 
 
 @dataclass(frozen=True)
@@ -64,20 +63,25 @@ def extract_isosurface(
     resolution: int,
     threshold: float | None = None,
     radius: float = 1.0,
+    smoothing: float = 1.5,
     keep_components: float = 0.05,
     device: torch.device | str = "cpu",
     chunk: int = 262_144,
 ) -> Isosurface:
     """Closed surface of the field inside the sphere of ``radius`` about the origin.
 
-    A coarse grid finds where the solid is; the fine grid of ``resolution`` voxels covers that box alone. Solid parts
-    smaller than ``keep_components`` of the largest are dropped and hidden cavities are filled. What reaches the sphere
-    is cut off there, and closed.
+    A coarse grid finds where the solid is; the fine grid of ``resolution`` voxels covers the box around it, and the
+    field is asked only near it (:data:`_MARGIN`). Solid parts smaller than ``keep_components`` of the largest are
+    dropped and hidden cavities are filled. What reaches the sphere is cut off there, and closed.
 
     Args:
         density_fn: (N, 3) world points to (N, 1) densities.
         resolution: voxels along the longest side of the object's box.
         threshold: density of the surface; None chooses it (:mod:`threedrec.mesh.threshold`).
+        radius: of the sphere, world units.
+        smoothing: standard deviation, in voxels, of the Gaussian that smooths the cut field. The cut is bounded on both
+            sides, so a density of any steepness gives a surface without terraces, and a hash grid's noise goes.
+        keep_components: fraction of the largest part's voxels.
         device: where the points for ``density_fn`` are made.
         chunk: points per call.
 
@@ -85,11 +89,12 @@ def extract_isosurface(
         InputError: the field is empty, or not finite.
     """
     box = np.full(3, radius)
-    grid = Grid.covering(-box, box, _COARSE)
-    density = _inside_sphere(sample_density(density_fn, grid, device, chunk), grid, radius)
-    cut = automatic_threshold(density, grid.spacing) if threshold is None else threshold
-    grid = Grid.covering(*_solid_box(density > cut, grid, radius), resolution)
-    density = sample_density(density_fn, grid, device, chunk)
+    coarse = Grid.covering(-box, box, _COARSE)
+    density = _inside_sphere(sample_density(density_fn, coarse, device, chunk), coarse, radius)
+    cut = automatic_threshold(density, coarse.spacing) if threshold is None else threshold
+    near = _near_solid(density > cut, keep_components)
+    grid = Grid.covering(*_bounds(near, coarse), resolution)
+    density = sample_density(density_fn, grid, device, chunk, near[np.ix_(*_voxels_of(coarse, grid))])
     if threshold is None:
         cut = automatic_threshold(_inside_sphere(density, grid, radius), grid.spacing)
 
@@ -99,40 +104,43 @@ def extract_isosurface(
             f"the field is empty: its largest density, {density.max():.4g}, does not pass the threshold {cut:.4g}, so "
             "there is no mesh to export; train it longer, or lower system.exporter.isosurface_threshold"
         )
+    if smoothing > 0:
+        field = ndimage.gaussian_filter(field, smoothing, mode="nearest", truncate=3.0)
     field, factor = _limit_crossings(field)
     field = keep_solid(np.pad(field, 1, constant_values=-1.0), keep_components)
+    if not (field > 0).any():
+        raise InputError(
+            f"the field is empty: what passes the threshold {cut:.4g} is thinner than a voxel, so there is no mesh to "
+            "export; train it longer, or lower system.exporter.isosurface_threshold"
+        )
     index, faces = mcubes.marching_cubes(field.astype(np.float64), 0.0)
     faces = faces.astype(np.int64)
-    if factor == 1:
-
-        def level(at: Float[np.ndarray, "N 3"]) -> np.ndarray:
-            points = grid.points(at - 1.0)
-            density = _evaluate(density_fn, points, device, chunk)
-            return np.minimum(_level(density, cut), _level_of_sphere(points, radius, grid.spacing))
-
-        index = _refine(index, field, level)
     vertices = grid.points((index - 1.0 + 0.5) * factor - 0.5)  # the padding shifted the indices by one
     mesh = Mesh(vertices, faces)
     return Isosurface(mesh if mesh.volume > 0 else Mesh(vertices, faces[:, ::-1].copy()), cut, factor > 1)
 
 
 def sample_density(
-    density_fn: DensityFunction, grid: Grid, device: torch.device | str = "cpu", chunk: int = 262_144
+    density_fn: DensityFunction,
+    grid: Grid,
+    device: torch.device | str = "cpu",
+    chunk: int = 262_144,
+    where: Bool[np.ndarray, "X Y Z"] | None = None,
 ) -> Float[np.ndarray, "X Y Z"]:
-    """Density at every point of the grid, asked for ``chunk`` points at a time.
+    """Density at the points of the grid (those of ``where``; 0 elsewhere), asked for ``chunk`` points at a time.
 
     Raises:
         InputError: a density is NaN or infinite.
     """
     _, ny, nz = grid.shape
     total = math.prod(grid.shape)
-    density = np.empty(total, dtype=np.float32)
+    wanted = torch.arange(total) if where is None else torch.from_numpy(np.flatnonzero(where))
+    density = np.zeros(total, dtype=np.float32)
     lower = torch.tensor(grid.lower, dtype=torch.float32, device=device)
-    for start in range(0, total, chunk):
-        flat = torch.arange(start, min(start + chunk, total), device=device)
+    for part in wanted.split(chunk):
+        flat = part.to(device)
         index = torch.stack([flat // (ny * nz), flat // nz % ny, flat % nz], dim=-1)
-        values = density_fn(lower + (index + 0.5) * grid.spacing)
-        density[start : start + len(flat)] = values.reshape(-1).float().cpu().numpy()
+        density[part.numpy()] = density_fn(lower + (index + 0.5) * grid.spacing).reshape(-1).float().cpu().numpy()
     if not np.isfinite(density).all():
         raise InputError("the field's density is not finite; the training has diverged, lower its learning rate")
     return density.reshape(grid.shape)
@@ -155,14 +163,6 @@ def keep_solid(field: Float[np.ndarray, "X Y Z"], keep_components: float) -> Flo
     return np.where((labels > 0) & (labels != labels[0, 0, 0]), np.abs(field) + 1e-3, field)
 
 
-def _evaluate(density_fn: DensityFunction, points: np.ndarray, device: torch.device | str, chunk: int) -> np.ndarray:
-    parts = [
-        density_fn(torch.tensor(points[start : start + chunk], dtype=torch.float32, device=device))
-        for start in range(0, len(points), chunk)
-    ]
-    return torch.cat(parts).reshape(-1).float().cpu().numpy()
-
-
 def _level(density: np.ndarray, threshold: float) -> np.ndarray:
     """Positive inside; bounded, so that an enormous density does not pull the interpolated surface onto a voxel."""
     level: np.ndarray = np.clip((density - threshold) / max(abs(threshold), 1e-12), -1.0, 1.0)
@@ -183,14 +183,27 @@ def _inside_sphere(density: np.ndarray, grid: Grid, radius: float) -> np.ndarray
     return np.where(np.linalg.norm(grid.points(_indices(grid.shape)), axis=-1) < radius, density, 0.0)
 
 
-def _solid_box(solid: np.ndarray, grid: Grid, radius: float) -> tuple[np.ndarray, np.ndarray]:
-    """Corners of the box around the solid with a margin; the whole box where the coarse grid sees nothing."""
+def _near_solid(solid: np.ndarray, keep_components: float) -> np.ndarray:
+    """Voxels within the margin of the solid's larger parts; all where the grid sees nothing."""
     if not solid.any():
-        return np.full(3, -radius), np.full(3, radius)
-    where = np.argwhere(solid)
-    lower = grid.lower + (where.min(axis=0) - _MARGIN) * grid.spacing
-    upper = grid.lower + (where.max(axis=0) + 1 + _MARGIN) * grid.spacing
-    return np.clip(lower, -radius, radius), np.clip(upper, -radius, radius)
+        return np.ones_like(solid)
+    kept = keep_solid(np.pad(np.where(solid, 1.0, -1.0), 1, constant_values=-1.0), keep_components)[1:-1, 1:-1, 1:-1]
+    return ndimage.binary_dilation(kept > 0, np.ones((3, 3, 3)), iterations=_MARGIN)
+
+
+def _bounds(voxels: np.ndarray, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
+    """Lower and upper corner of the box around the voxels."""
+    where = np.argwhere(voxels)
+    return grid.lower + where.min(axis=0) * grid.spacing, grid.lower + (where.max(axis=0) + 1) * grid.spacing
+
+
+def _voxels_of(coarse: Grid, fine: Grid) -> list[np.ndarray]:
+    """For every axis, the index of the coarse voxel in which each of the fine grid's points lies."""
+    points = [fine.lower[axis] + (np.arange(fine.shape[axis]) + 0.5) * fine.spacing for axis in range(3)]
+    return [
+        np.clip(np.floor((points[axis] - coarse.lower[axis]) / coarse.spacing), 0, coarse.shape[axis] - 1).astype(int)
+        for axis in range(3)
+    ]
 
 
 def _limit_crossings(field: np.ndarray) -> tuple[np.ndarray, int]:
@@ -204,33 +217,3 @@ def _limit_crossings(field: np.ndarray) -> tuple[np.ndarray, int]:
     if factor > 1:
         logger.warning("The field's surface is too rough to be meshed in full; its grid is made %d× coarser.", factor)
     return field, factor
-
-
-def _refine(index: np.ndarray, field: np.ndarray, level: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
-    """Move the vertices along their grid edges to where the field itself passes the threshold.
-
-    Between two samples a density may change by orders of magnitude, so that interpolation leaves terraces. False
-    position with the Illinois rule (Dowell & Jarratt 1971) keeps a bracket and converges faster than bisection.
-    Vertices stay off the ends of their edges, where several would coincide.
-    """
-    low, high = np.floor(index), np.ceil(index)
-    on_edge = (low != high).sum(axis=1) == 1
-    at_low, at_high = field[tuple(low.astype(int).T)], field[tuple(high.astype(int).T)]
-    start, stop = np.zeros(len(index)), np.ones(len(index))
-    last_kept = np.zeros(len(index), dtype=int)
-    for _ in range(_REFINEMENTS):
-        place = start + (stop - start) * _crossing(at_low, at_high)
-        value = level(low + (high - low) * place[:, None])
-        moves_start = (value > 0) == (at_low > 0)
-        at_high = np.where(moves_start, np.where(last_kept == 1, 0.5 * at_high, at_high), value)
-        at_low = np.where(moves_start, value, np.where(last_kept == -1, 0.5 * at_low, at_low))
-        start, stop = np.where(moves_start, place, start), np.where(moves_start, stop, place)
-        last_kept = np.where(moves_start, 1, -1)
-    place = np.clip(start + (stop - start) * _crossing(at_low, at_high), 0.02, 0.98)
-    return np.where(on_edge[:, None], low + (high - low) * place[:, None], index)
-
-
-def _crossing(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Where between 0 and 1 the line from ``first`` to ``second`` passes zero."""
-    difference = first - second
-    return np.clip(first / np.where(np.abs(difference) < 1e-12, 1e-12, difference), 0.0, 1.0)

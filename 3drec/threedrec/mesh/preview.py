@@ -75,7 +75,7 @@ def _shade(mesh: trimesh.Trimesh, faces: Tensor, coverage: Coverage, depth: Tens
     visual: Any = mesh.visual
     texture = _texture(visual)
     if texture is None:
-        image[hit] = across(visual.to_color().vertex_colors[:, :3] / 255.0)
+        image[hit] = across(visual.vertex_colors[:, :3] / 255.0)
     else:
         uv = across(visual.uv)
         rows = ((1.0 - uv[:, 1]) * texture.shape[0]).long().clamp(0, texture.shape[0] - 1)
@@ -91,9 +91,12 @@ def _load(path: str | os.PathLike[str]) -> trimesh.Trimesh:
     if not Path(path).is_file():
         raise InputError(f"{path}: no such mesh file")
     try:
-        return trimesh.load_mesh(path, process=False)
+        mesh = trimesh.load_mesh(path, process=False)
     except Exception as error:  # whatever trimesh's readers raise on a malformed file
         raise InputError(f"{path}: cannot be read as a mesh: {error}") from error
+    if len(mesh.faces) == 0:
+        raise InputError(f"{path}: cannot be read as a mesh: it has no faces")
+    return mesh
 
 
 def _texture(visual: Any) -> Tensor | None:

@@ -13,9 +13,9 @@ from jaxtyping import Float
 from threedrec.errors import InputError
 
 _CANDIDATES = 40
-_DEPTH_WEIGHT = 2.0
-"""Loss of silhouette IoU that a mean depth error of one world unit is worth. On soft fields the two disagree: a surface
-at the right depth is too thin by a third of the silhouette, one of the right silhouette too thick by a few percent."""
+_DEPTH_WEIGHT = 1.0
+"""Loss of silhouette IoU that a mean depth error of one world unit is worth. On soft fields the two disagree (a surface
+at the right depth may lose a third of the silhouette), and a wrong silhouette is what people see."""
 _MAX_SIDE = 96
 """Samples per axis that the comparison looks at; finer grids are strided."""
 _EMPTY_OPACITY = 0.05

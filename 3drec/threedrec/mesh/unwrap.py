@@ -33,34 +33,50 @@ class Atlas:
 def unwrap(
     mesh: Mesh,
     texture_size: int = 1024,
-    chart_options: Mapping[str, Any] | None = None,
-    pack_options: Mapping[str, Any] | None = None,
+    charts: Mapping[str, Any] | None = None,
+    packing: Mapping[str, Any] | None = None,
 ) -> Atlas:
     """Cut the mesh into charts and pack them (xatlas).
 
     Args:
         texture_size: side of the texture in pixels, which sets the gap between charts.
-        chart_options: fields of ``xatlas.ChartOptions``, such as ``max_iterations``; lengths in world units.
-        pack_options: fields of ``xatlas.PackOptions``, such as ``padding``.
+        charts: fields of ``xatlas.ChartOptions``, such as ``max_iterations``; lengths in world units.
+        packing: fields of ``xatlas.PackOptions``, such as ``padding``.
 
     Raises:
         InputError: an option is unknown or of the wrong type.
     """
-    charts = _options(xatlas.ChartOptions(), "chart", {"max_chart_area": mesh.area / _CHARTS, **(chart_options or {})})
     scale = _EXTENT / max(float(np.ptp(mesh.vertices, axis=0).max()), 1e-12)
-    charts.max_chart_area *= scale**2
-    charts.max_boundary_length *= scale
-    pack_defaults = {"resolution": texture_size, "padding": 2, "bilinear": True}
-    packing = _options(xatlas.PackOptions(), "pack", {**pack_defaults, **(pack_options or {})})
+    cutting = chart_options({"max_chart_area": mesh.area / _CHARTS, **(charts or {})})
+    cutting.max_chart_area *= scale**2
+    cutting.max_boundary_length *= scale
+    gaps = {"resolution": texture_size, "padding": 2, "bilinear": True}
     atlas = xatlas.Atlas()
     atlas.add_mesh((mesh.vertices * scale).astype(np.float32), mesh.faces.astype(np.uint32))
-    atlas.generate(charts, packing)
+    atlas.generate(cutting, pack_options({**gaps, **(packing or {})}))
     original, faces, uv = atlas[0]
     return Atlas(original.astype(np.int64), faces.astype(np.int64), uv.astype(np.float64))
 
 
-def _options(options: Any, kind: str, values: Mapping[str, Any]) -> Any:
-    key = f"system.exporter.xatlas_{kind}_options"
+def chart_options(values: Mapping[str, Any]) -> xatlas.ChartOptions:
+    """Options of the cutting from a config's values.
+
+    Raises:
+        InputError: an option is unknown or of the wrong type.
+    """
+    return _filled(xatlas.ChartOptions(), "xatlas_chart_options", values)
+
+
+def pack_options(values: Mapping[str, Any]) -> xatlas.PackOptions:
+    """Options of the packing from a config's values.
+
+    Raises:
+        InputError: an option is unknown or of the wrong type.
+    """
+    return _filled(xatlas.PackOptions(), "xatlas_pack_options", values)
+
+
+def _filled(options: Any, key: str, values: Mapping[str, Any]) -> Any:
     known = [name for name in dir(options) if not name.startswith("_")]
     for name, value in values.items():
         if name not in known:
@@ -69,5 +85,5 @@ def _options(options: Any, kind: str, values: Mapping[str, Any]) -> Any:
             setattr(options, name, value)
         except TypeError as error:
             wanted = type(getattr(options, name)).__name__
-            raise InputError(f"{key}.{name}: {value!r} is of the wrong type; give a {wanted}") from error
+            raise InputError(f"{key}.{name}: {value!r} is of the wrong type; give a value of type {wanted}") from error
     return options

@@ -5,7 +5,6 @@ import os
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from jaxtyping import Float
 from PIL import Image
 
 from threedrec.errors import InputError
+from threedrec.lookup import find_path
 from threedrec.preprocess.framing import SILHOUETTE
 from threedrec.preprocess.plain_background import HOW_TO_MASK, cut_out_plain, decontaminate
 
@@ -104,6 +104,8 @@ def _cut_out_rembg(rgb: Float[np.ndarray, "H W 3"], path: str, model: str) -> Fl
         ) from error
     except (Exception, SystemExit) as error:  # rembg exits the process when onnxruntime is missing
         raise InputError(f"{path}: rembg cannot be imported ({_reason(error)}); reinstall it") from error
+    if model.endswith(".onnx") and not find_path(model).is_file():
+        raise InputError(f"data.rembg_model: {model}: no such file; give the path of an ISNet network")
     try:
         session = _session(rembg, model)
         image = Image.fromarray(np.rint(rgb * 255).astype(np.uint8))
@@ -120,7 +122,7 @@ def _cut_out_rembg(rgb: Float[np.ndarray, "H W 3"], path: str, model: str) -> Fl
 def _session(rembg: Any, model: str) -> Any:
     if not model.endswith(".onnx"):
         return rembg.new_session(model)
-    file = Path(model).resolve()
+    file = find_path(model).resolve()
     # rembg only opens networks inside its home, which this variable of its names.
     with _environment("U2NET_HOME", str(file.parent)):
         return rembg.new_session("dis_custom", model_path=str(file))

@@ -1,0 +1,121 @@
+"""Write the embedded model's card and contact sheet from what training left behind.
+
+python scripts/mini_model_card.py outputs/mini --validation data/views/val.tar --train-index MESHES/index.json
+"""
+
+import argparse
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from nvsadapter_guidance.model import MINI_MODEL
+from nvsadapter_guidance.training.views import composite, load_tar
+
+ATTRIBUTION = {
+    "BlendSwap-CC-0": "CC0, authors of blendswap.com: {authors}",
+    "Scopia": "CC-BY 3.0, (c) 2010-2012 Scopia Visual Interfaces Systems, s.l., http://www.scopia.es",
+    "KatorLegaz": "CC-BY 3.0 US, (c) 2003-2008 Andrew Kator & Jennifer Legaz",
+    "Reallusion": "CC-BY 3.0 US, (c) 2008-2011 Reallusion, http://www.reallusion.com",
+}
+TEMPLATE = """# 3drec-mini
+
+A small NVS-Adapter with its own UNet, autoencoder and image encoder, for 128-pixel views. It is made so that the whole
+toolkit runs anywhere without a download; it knows little of the world, and its views are what {parameters:.1f} M
+parameters and {minutes:.0f} GPU minutes buy.
+
+![truth above, sampled views below, for eight objects never trained on](views.jpg)
+
+Odd rows: renderings of validation objects at azimuths 0, 45, ... 315 degrees, elevation 0. Even rows: views sampled
+from the first picture of the row above (classifier-free guidance 2, 20 steps).
+
+## Metrics
+
+On the {val_count} validation objects, from the view at azimuth 0 and elevation 0 to azimuths 45 ... 315 at elevations 0
+and 30; `python scripts/validate_mini.py --validation data/views/val.tar` prints them.
+
+| | sampled views | copying the reference |
+|---|---|---|
+| PSNR, dB | {psnr:.2f} | {copy_psnr:.2f} |
+| PSNR at elevation 0 / 30, dB | {psnr_elevation_0:.2f} / {psnr_elevation_30:.2f} | |
+| silhouette IoU | {mask_iou:.3f} | |
+| one-step denoising at half of the schedule, PSNR, dB | {one_step_psnr:.2f} | |
+| views that turn the right way (azimuth 90 against 270, where they differ) | {turns_right:.0%} | |
+
+## Training
+
+{steps} steps of {batch} samples (1 support and 4 query views each), {minutes:.1f} minutes on one {gpu}, after
+{ae_seconds:.0f} seconds for the autoencoder ({ae_psnr:.1f} dB). Muon and AdamW, velocity prediction on a shifted cosine schedule whose
+last step is pure noise, average of the weights with decay {ema}. Weights are stored in eight bits.
+`scripts/render_training_views.py` and `scripts/train_mini.py` make it from the data below.
+
+## Data
+
+* {train_count} meshes of the Debian package sweethome3d-furniture 1.8-1, rendered from 40 views each, mirrored and
+  recoloured in training; {val_count} other meshes of it only for validation:
+{attribution}
+  Conversion to OBJ by Emmanuel Puybaret / eTeks (Sweet Home 3D). Changes: converted to GLB, decimated, textures shrunk,
+  thin glass removed, scaled, rendered, recoloured. CC-BY 3.0: https://creativecommons.org/licenses/by/3.0/
+* {procedural} procedural objects made by this project.
+
+The weights are under the licence of the project (Apache-2.0).
+"""
+
+
+def contact_sheet(pictures: torch.Tensor, truth: torch.Tensor, objects: list[int]) -> Image.Image:
+    """Rows of truth and samples; ``pictures (N, V, 3, H, W)`` bytes, ``truth (N, V, H, W, 3)`` in [0, 1]."""
+    rows = []
+    for index in objects:
+        rows.append(torch.cat(list((truth[index, :8] * 255).round().byte()), dim=1))
+        rows.append(torch.cat(list(pictures[index, :8].permute(0, 2, 3, 1)), dim=1))
+    return Image.fromarray(torch.cat(rows).numpy())
+
+
+def attribution(index: list[dict[str, Any]]) -> str:
+    """One bullet for each library of the training meshes."""
+    counts = Counter(entry["library"] for entry in index)
+    lines = []
+    for library, count in sorted(counts.items()):
+        authors = sorted({e["creator"] for e in index if e["library"] == library and e["creator"]})
+        lines.append(f"  - {library} ({count} meshes): {ATTRIBUTION[library].format(authors=', '.join(authors))}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Write ``README.md`` and ``views.jpg`` beside the weights."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="output folder of train_mini.py (metrics.json, views.pt)")
+    parser.add_argument("--validation", type=Path, required=True)
+    parser.add_argument("--train-index", type=Path, required=True)
+    parser.add_argument("-o", "--output", type=Path, default=MINI_MODEL)
+    arguments = parser.parse_args()
+    metrics = json.loads((arguments.run / "metrics.json").read_text())
+    bank = load_tar(arguments.validation)
+    pictures = torch.load(arguments.run / "views.pt", weights_only=True)
+    chosen = list(range(0, len(pictures), max(len(pictures) // 8, 1)))[:8]
+    sheet = contact_sheet(pictures, composite(bank.rgba[: len(pictures)].float() / 255), chosen)
+    sheet.save(arguments.output / "views.jpg", quality=88)
+    index = json.loads(arguments.train_index.read_text())
+    card = TEMPLATE.format(
+        **metrics["scores"],
+        attribution=attribution(index),
+        parameters=metrics["parameters"] / 1e6,
+        minutes=metrics["seconds"] / 60,
+        steps=metrics["steps"],
+        batch=metrics["config"]["batch_size"],
+        ema=metrics["config"]["ema_decay"],
+        gpu=metrics["device"],
+        ae_seconds=metrics["autoencoder"]["seconds"],
+        ae_psnr=metrics["autoencoder"]["psnr"],
+        train_count=len(index),
+        val_count=len(bank),
+        procedural=metrics["procedural"],
+    )
+    (arguments.output / "README.md").write_text(card)
+
+
+if __name__ == "__main__":
+    main()
