@@ -136,14 +136,14 @@ def sample(
     num_inference_steps: int = 20,
     guidance_scale: float = 2.0,
     groups_per_call: int = 8,
-    on_step: Callable[[int, int], None] | None = None,
+    on_step: Callable[[int], None] | None = None,
 ) -> Float[Tensor, "V 3 H W"]:
     """Sample views of the object in [-1, 1]; deterministic DDIM from the generator's noise.
 
     Args:
         poses: any number of cameras; an incomplete group is filled up with repeated views that are then dropped.
         groups_per_call: groups of ``num_query`` views denoised in one network call.
-        on_step: called with (finished, total) network calls, for progress.
+        on_step: called with the number of finished steps, for progress.
 
     Raises:
         InputError: no pose was given, or fewer than one step.
@@ -156,18 +156,17 @@ def sample(
     shape = (len(poses), *conditions.latents.shape[2:])
     latents = torch.randn(shape, generator=generator, device=model.device)
     timesteps = model.schedule.sampling_timesteps(num_inference_steps)
-    calls = -(-len(poses) // (size * groups_per_call))
     for index, timestep in enumerate(timesteps):
         following = timesteps[index + 1] if index + 1 < len(timesteps) else -1
         stepped = torch.empty_like(latents)
-        for call, chunk in enumerate(view_groups(len(poses), size, index).split(groups_per_call)):
+        for chunk in view_groups(len(poses), size, index).split(groups_per_call):
             t = torch.full((len(chunk),), timestep, device=model.device)
             noisy = latents[chunk]
             prediction = guided_prediction(model, conditions, noisy, t, poses[chunk], guidance_scale, generator)
             stepped[chunk] = model.schedule.ddim_step(noisy, prediction, timestep, following)
-            if on_step is not None:
-                on_step(index * calls + call + 1, calls * len(timesteps))
         latents = stepped
+        if on_step is not None:
+            on_step(index + 1)
     return torch.cat([model.decode(part) for part in latents[:wanted].split(16)])
 
 

@@ -48,8 +48,8 @@ and 30; `python scripts/validate_mini.py --validation data/views/val.tar` prints
 ## Training
 
 {steps} steps of {batch} samples (1 support and 4 query views each), {minutes:.1f} minutes on one {gpu}, after
-{ae_seconds:.0f} seconds for the autoencoder ({ae_psnr:.1f} dB). Muon and AdamW, velocity prediction on a shifted cosine schedule whose
-last step is pure noise, average of the weights with decay {ema}. Weights are stored in eight bits.
+{ae_seconds:.0f} seconds for the autoencoder ({ae_psnr:.1f} dB). Muon and AdamW, velocity prediction on a shifted cosine
+schedule whose last step is pure noise, average of the weights with decay {ema}. Weights are stored in eight bits.
 `scripts/render_training_views.py` and `scripts/train_mini.py` make it from the data below.
 
 ## Data

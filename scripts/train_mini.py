@@ -3,8 +3,8 @@ r"""Train the embedded model from rendered views: autoencoder first, then UNet, 
     python scripts/train_mini.py --views data/views/train.tar --validation data/views/val.tar \
         -o outputs/mini --seconds 900 --procedural 2048
 
-On several GPUs: ``torchrun --nproc_per_node=2 scripts/train_mini.py ...``; the batch size is that of one of them. There,
-the first process trains the autoencoder while the others render the procedural objects.
+On several GPUs: ``torchrun --nproc_per_node=2 scripts/train_mini.py ...``; the batch size is that of one of them.
+There, the first process trains the autoencoder while the others render the procedural objects.
 
 A run can be cut into pieces: give ``--resume`` with the ``state.pt`` of the piece before, and ``--total-seconds`` the
 length of all pieces together, so that the learning rate knows when to fall.

@@ -1,6 +1,5 @@
 """Score distillation: the stages in which the guidance judges random views of the scene."""
 
-
 import torch
 
 from threedrec.cameras import Cameras, RandomCameraSampler

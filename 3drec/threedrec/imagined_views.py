@@ -35,7 +35,14 @@ def sample_views(run: Run) -> int:
                 "set system.guidance.warm_start.enabled=false"
             )
         steps = min(config.num_inference_steps, run.config.trainer.max_steps)
-        rgb = guidance.sample_views(cameras.to(run.device), run.generator("views"), steps, config.guidance_scale)
+        with run.reporter.stage("views", steps) as report:
+            rgb = guidance.sample_views(
+                cameras.to(run.device),
+                run.generator("views"),
+                steps,
+                config.guidance_scale,
+                on_step=lambda done: report.update(done, {}),
+            )
         rgb = rgb.detach().float().clamp(0.0, 1.0)
         if not bool(rgb.isfinite().all()):
             raise InputError(f"{guidance.description}: sampled views are not finite; its weights may be damaged")

@@ -64,6 +64,10 @@ def run_job(job: Job) -> Path:
     if job.mode == "train":
         dump_config(config, run_dir / PARSED)
         _record_command(run_dir)
+    if device.type == "cpu":
+        from threedrec.threads import choose_threads
+
+        choose_threads()
     logger.info("%s on %s, results in %s", job.mode, device, run_dir)
 
     from threedrec.registry import find

@@ -83,7 +83,9 @@ class Supervision:
         out = self._render(cameras, rays_o, rays_d, step, generator, shading=None, ambient_ratio=ambient)
         shape = rays_o.shape[:-1]
         rgb = out.rgb.float().reshape(*shape, 3)
-        judged = guidance(rgb, cameras, step, generator)
+        # A guidance has a precision of its own: ray embeddings of 2^14 periods do not survive half precision.
+        with torch.autocast(rgb.device.type, enabled=False):
+            judged = guidance(rgb, cameras, step, generator)
         terms = {"sds": judged.loss, "sparsity": losses.sparsity_loss(out.opacity)}
         result = weigh(terms | self._regularity(out, shape, step), self.weights, step, "sds")
         result.terms |= {f"sds_{name}": value for name, value in judged.diagnostics.items()}

@@ -34,7 +34,8 @@ class WarmStartConfig:
     guidance_scale: float = limited(2.0, ge=0)
     """Classifier-free guidance of the samples."""
     fit_steps: int = limited(400, ge=0)
-    """Optimisation steps of the fit; no more than `trainer.max_steps` are done, so that a short run is short."""
+    """Optimisation steps of the fit. They are the first of `trainer.max_steps`; what is left of those is distillation,
+    whose schedules and milestones count from its own beginning."""
     rays_per_step: int = limited(2048, ge=2)
     """Rays a step, over the views and the reference."""
     reference_share: float = limited(0.25, ge=0, le=1)
@@ -51,14 +52,15 @@ class WarmStartConfig:
     """Weight of the reference's colour and mask beside theirs."""
     lambda_opaque: float = limited(0.02, ge=0)
     """Weight of the entropy of the opacity, from the middle of the fit on."""
-    lambda_normal_smooth: float = limited(0.0, ge=0)
-    """Weight of the change of normals between neighbouring points."""
+    lambda_normal_smooth: float = limited(0.1, ge=0)
+    """Weight of the change of normals between neighbouring points of the surface."""
     tolerance: float = limited(2.0, gt=0)
     """Residual at which a part counts a quarter, in units of the median residual."""
     back_weight: float = limited(0.4, ge=0, le=1)
     """Weight of the view from behind; the view from the front counts 1."""
     keep_weight: float = limited(0.0, ge=0)
-    """Weight of the fit's losses during the distillation that follows (0: the views are let go)."""
+    """Weight of the fit's losses during the distillation that follows, beside `lambda_rgb` = 500 and the like there;
+    0 lets the views go."""
 
 
 @dataclass

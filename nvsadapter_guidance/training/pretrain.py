@@ -7,6 +7,7 @@ zero over the last part of the last run ("warm-up, stable, decay").
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,7 +103,7 @@ def _cameras(bank: ViewBank) -> tuple[Tensor, Tensor, Tensor]:
     return bank.azimuth, bank.elevation, bank.distance
 
 
-def settle_gradients(parameters: list[Tensor]) -> Tensor:
+def settle_gradients(parameters: Sequence[Tensor]) -> Tensor:
     """Average gradients over the processes of a distributed run, and drop them all if one is not finite.
 
     One overflow would otherwise reach every weight through the norm that clips gradients. Without gradients a step goes

@@ -79,9 +79,7 @@ def validate_views(
         rows["iou"].append(((predicted & mask).sum(dim=(1, 2)) / union)[targets])
         rows["right"].append(_turns_right(views, truth, poses))
     mean = {key: float(torch.cat(values).float().mean()) for key, values in rows.items()}
-    scores = ViewScores(
-        mean["psnr"], mean["iou"], mean["low"], mean["high"], mean["copy"], mean["once"], mean["right"]
-    )
+    scores = ViewScores(mean["psnr"], mean["iou"], mean["low"], mean["high"], mean["copy"], mean["once"], mean["right"])
     return scores, torch.stack(pictures)
 
 

@@ -35,9 +35,7 @@ def coloured_discs(objects: int = 3) -> ViewBank:
         rgba[index, ..., 3] = disc
     shape = (objects, 16)
     names = tuple(f"disc{i}" for i in range(objects))
-    return ViewBank(
-        (rgba * 255).byte(), azimuth.expand(shape), elevation.expand(shape), torch.full(shape, 1.5), names
-    )
+    return ViewBank((rgba * 255).byte(), azimuth.expand(shape), elevation.expand(shape), torch.full(shape, 1.5), names)
 
 
 def trainer(seed: int = 0) -> Pretrainer:

@@ -1,5 +1,6 @@
 """An object made of coloured spheres, rendered exactly, and a guidance that knows it: stand-ins for tests."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -50,7 +51,7 @@ class SphereGuidance:
         warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
         wrong_views: int = 0
         noise: float = 0.0
-    size: int = 32
+        size: int = 32
 
     def __init__(self, config: Config, device: torch.device | str = "cpu") -> None:
         self.config = config
@@ -67,7 +68,12 @@ class SphereGuidance:
         return render_spheres(cameras.resized(*rgb.shape[1:3]))[0]
 
     def sample_views(
-        self, cameras: Cameras, generator: torch.Generator, num_inference_steps: int, guidance_scale: float
+        self,
+        cameras: Cameras,
+        generator: torch.Generator,
+        num_inference_steps: int,
+        guidance_scale: float,
+        on_step: Callable[[int], None] | None = None,
     ) -> Tensor:
         cameras = cameras.resized(self.config.size, self.config.size)
         rgb, _ = render_spheres(cameras)

@@ -1,4 +1,4 @@
-"""A whole reconstruction of a few tiny steps, from an image of four spheres; also run as a program that can be killed."""
+"""A whole reconstruction of a few tiny steps, from an image of four spheres; also a program that can be killed."""
 
 import os
 import signal

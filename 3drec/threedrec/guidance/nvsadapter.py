@@ -113,7 +113,7 @@ class NVSAdapterGuidance:
         generator: torch.Generator,
         num_inference_steps: int,
         guidance_scale: float,
-        on_step: Callable[[int, int], None] | None = None,
+        on_step: Callable[[int], None] | None = None,
     ) -> Float[Tensor, "B H W 3"]:
         """Sample views in overlapping groups; call :meth:`prepare` first."""
         if self.distillation.conditions is None:

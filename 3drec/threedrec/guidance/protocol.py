@@ -4,6 +4,7 @@ A guidance judges rendered views. The reconstruction meets every guidance throug
 package can bring its own (``threedrec.plugins`` entry points, see ``threedrec.registry``).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -50,7 +51,17 @@ class Guidance(Protocol):
 class ViewSampler(Protocol):
     """A guidance that can also imagine views without a field; what a warm start needs."""
 
+    description: str
+
     def sample_views(
-        self, cameras: Cameras, generator: torch.Generator, num_inference_steps: int, guidance_scale: float
+        self,
+        cameras: Cameras,
+        generator: torch.Generator,
+        num_inference_steps: int,
+        guidance_scale: float,
+        on_step: Callable[[int], None] | None = None,
     ) -> Float[Tensor, "B H W 3"]:
-        """Sample mutually consistent views in [0, 1], as many as there are cameras."""
+        """Sample mutually consistent views in [0, 1], as many as there are cameras.
+
+        ``on_step`` is called with the number of denoising steps that are over.
+        """

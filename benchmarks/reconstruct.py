@@ -1,0 +1,94 @@
+"""Times whole reconstructions, stage by stage, and keeps the numbers. Run it on an idle machine.
+
+    python benchmarks/reconstruct.py                 a sample image, on the CPU and, if there is one, the GPU
+    python benchmarks/reconstruct.py --device cpu --image PHOTO.png trainer.max_steps=320
+    python benchmarks/reconstruct.py --device cuda:0 --out benchmarks/results
+
+Seconds are wall-clock times of the stages as ``metrics.json`` has them; imports and the choice of threads are not among
+them. Every measurement is added to ``<out>/reconstruct.jsonl``, one JSON object a line.
+"""
+
+import argparse
+import json
+import logging
+import platform
+import sys
+import tempfile
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from threedrec.launch import Job, run_job
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+PACKAGES = ("torch", "diffusers", "lightning")
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--image", type=Path, default=REPOSITORY / "load" / "images" / "robot.png")
+    parser.add_argument("--config", default=str(REPOSITORY / "configs" / "nvsadapter.yaml"))
+    parser.add_argument("--device", action="append", help="cpu or cuda:N; may be repeated (default: cpu and cuda:0)")
+    parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks" / "results")
+    parser.add_argument("--no-save", action="store_true", help="only print")
+    parser.add_argument("overrides", nargs="*", help="key=value, as for launch.py")
+    return parser.parse_args()
+
+
+def measure(device: str, image: Path, config: str, overrides: list[str]) -> dict[str, Any]:
+    """Run one reconstruction in a folder that is thrown away; return its numbers."""
+    gpu = "cpu" if device == "cpu" else device.removeprefix("cuda:")
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = Path(folder) / "run"
+        job = Job("train", config, [f"data.image_path={image}", *overrides, f"trial_dir={run_dir}"], gpu=gpu)
+        start = time.perf_counter()
+        run_job(job)
+        seconds = time.perf_counter() - start
+        metrics = json.loads((run_dir / "metrics.json").read_text())
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "image": image.name,
+        "overrides": overrides,
+        "total_seconds": round(seconds, 1),
+        **{key: metrics[key] for key in ("device", "recipe", "model", "stages", "reference", "mesh")},
+    }
+
+
+def table(results: list[dict[str, Any]]) -> Table:
+    """Seconds and peak memory per stage, one column a device."""
+    shown = Table(title="seconds (peak memory, GB)")
+    shown.add_column("stage")
+    for result in results:
+        shown.add_column(f"{result['device']}\n{result['recipe']}", justify="right")
+    names = list(dict.fromkeys(name for result in results for name in result["stages"]))
+    for name in names:
+        stages = [result["stages"].get(name) for result in results]
+        shown.add_row(name, *(f"{s['seconds']:.1f} ({s['peak_memory_gb']:.2f})" if s else "" for s in stages))
+    shown.add_row("whole job", *(f"{result['total_seconds']:.1f}" for result in results), style="bold")
+    return shown
+
+
+def main() -> None:
+    """Measure every device that was asked for."""
+    args = parse()
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    devices = args.device or (["cpu", "cuda:0"] if torch.cuda.is_available() else ["cpu"])
+    results = [measure(device, args.image, args.config, args.overrides) for device in devices]
+    Console().print(table(results))
+    if not args.no_save:
+        args.out.mkdir(parents=True, exist_ok=True)
+        with (args.out / "reconstruct.jsonl").open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(result) + "\n" for result in results)
+
+
+if __name__ == "__main__":
+    main()
