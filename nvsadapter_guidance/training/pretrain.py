@@ -50,6 +50,8 @@ class Pretraining:
     ema_decay: float = 0.999
     seed: int = 0
     compile: bool = True
+    compile_mode: str = "default"
+    """Mode of ``torch.compile``; ``reduce-overhead`` replays CUDA graphs, which pays where launches are the limit."""
 
 
 class LatentBank:
@@ -204,7 +206,7 @@ class Pretrainer:
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.ema = [p.detach().clone() for p in self.trained]
         self.loss = DiffusionLoss(model)
-        self.compiled = torch.compile(self.loss) if config.compile else self.loss
+        self.compiled = torch.compile(self.loss, mode=config.compile_mode) if config.compile else self.loss
         self.step, self.elapsed = 0, 0.0
         self.dropped = torch.zeros((), dtype=torch.long, device=model.device)
         self.history: list[tuple[int, float, float]] = []

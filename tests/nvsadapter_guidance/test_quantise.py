@@ -34,6 +34,11 @@ def test_small_and_one_dimensional_tensors_stay_half_precision() -> None:
     assert all(tensor.dtype == torch.float32 for tensor in restored.values())
 
 
+def test_named_parts_stay_half_precision() -> None:
+    packed = quantise_state_dict({"vae.w": torch.randn(64, 64), "unet.w": torch.randn(64, 64)}, half=("vae.",))
+    assert packed["vae.w"].dtype == torch.float16 and packed["unet.w"].dtype == torch.int8
+
+
 def test_zero_channel_stays_zero() -> None:
     weight = torch.randn(64, 64)
     weight[3] = 0.0

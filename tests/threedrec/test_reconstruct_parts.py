@@ -42,7 +42,9 @@ def test_groups_train_what_they_name():
 
 def test_an_unknown_group_is_refused():
     groups = {"geometri": ParameterGroupConfig(lr=0.1)}
-    with pytest.raises(InputError, match=r"optimizer\.params: no part is called 'geometri' .known: geometry, background"):
+    with pytest.raises(
+        InputError, match=r"optimizer\.params: no part is called 'geometri' .known: geometry, background"
+    ):
         build_optimizer(two_parts(), OptimizerConfig(params=groups))
 
 
