@@ -1,4 +1,4 @@
-"""Which weights to use: the released ones when they are found, otherwise the embedded model."""
+"""Which weights to use, and what to say when they are missing."""
 
 import logging
 import os
@@ -74,8 +74,11 @@ def choose_weights(pretrained: str) -> WeightsChoice:
 
 def _choose_released(required: bool) -> WeightsChoice:
     found = find_released()
-    if found is not None:
+    if found is not None and required:
         return WeightsChoice("released", found, f"released weights {found}")
+    if found is not None:
+        reason = f"embedded mini model; {found} is there, but this version cannot load released weights yet"
+        return WeightsChoice("mini", MINI_MODEL, reason)
     missing = f"{RELEASED_CHECKPOINT} ({RELEASED_SIZE}) and {RELEASED_CONFIG} (a few kB)"
     if required:
         folders = ", ".join(str(folder) for folder in checkpoint_folders())

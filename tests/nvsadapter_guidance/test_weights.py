@@ -23,14 +23,15 @@ def test_auto_falls_back_to_the_embedded_model_and_says_how_to_get_the_other() -
 
 
 @pytest.mark.parametrize("place", ["checkpoints", "hub/models--a--b/snapshots/0", "elsewhere"])
-def test_auto_takes_released_weights_where_they_are(
+def test_released_weights_are_found_and_auto_says_that_they_cannot_be_loaded_yet(
     place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("THREEDREC_CHECKPOINTS", str(tmp_path / "elsewhere"))
     (tmp_path / place).mkdir(parents=True)
     (tmp_path / place / RELEASED_CHECKPOINT).touch()
-    assert choose_weights("auto").family == "released"
-    assert choose_weights("mini").family == "mini"
+    assert choose_weights("released").family == "released"
+    assert choose_weights("auto").family == choose_weights("mini").family == "mini"
+    assert RELEASED_CHECKPOINT in choose_weights("auto").reason and "cannot load" in choose_weights("auto").reason
 
 
 def test_released_weights_that_are_missing_are_an_error_with_names_sizes_and_commands() -> None:
