@@ -14,7 +14,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 # Two processes, one file of tests at a time in each: a test uses one thread.
 PYTEST_ARGS ?= -n 2 --dist loadfile
-DEMO_IMAGE ?= $(firstword $(wildcard load/images/*.png))
+DEMO_IMAGE ?= load/images/robot.png
 
 .PHONY: setup demo test lint clean
 .DELETE_ON_ERROR:

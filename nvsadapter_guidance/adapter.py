@@ -1,6 +1,6 @@
 """The NVS-Adapter's layers, and how they join an existing Stable Diffusion UNet.
 
-Kang et al. 2024, "NVS-Adapter: Plug-and-Play Novel View Synthesis from a Single Image". The adapter owns its
+Jeong et al. 2024, "NVS-Adapter: Plug-and-Play Novel View Synthesis from a Single Image". The adapter owns its
 parameters; the UNet keeps its own under unchanged paths. State-dict keys of the adapter are the UNet's block paths,
 e.g. ``down_blocks.0.attentions.1.transformer_blocks.0.view_attn.to_q.weight``, plus ``ray_convs.<level>.*``.
 """

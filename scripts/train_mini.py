@@ -23,10 +23,11 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
-from nvsadapter_guidance.model import WEIGHTS_NAME, NVSModel, NVSModelConfig
+from nvsadapter_guidance.errors import InputError
+from nvsadapter_guidance.model import CONFIG_NAME, WEIGHTS_NAME, NVSModel, NVSModelConfig
 from nvsadapter_guidance.quantise import dequantise_state_dict
 from nvsadapter_guidance.training.autoencoder import AutoencoderTraining, measure, train_autoencoder
-from nvsadapter_guidance.training.pretrain import Pretrainer, Pretraining, encode_banks
+from nvsadapter_guidance.training.pretrain import Pretrainer, Pretraining, clock_of_first, encode_banks
 from nvsadapter_guidance.training.procedural import render_procedural
 from nvsadapter_guidance.training.validate import validate_views
 from nvsadapter_guidance.training.views import ViewBank, load_tar
@@ -34,6 +35,7 @@ from nvsadapter_guidance.training.views import ViewBank, load_tar
 log = logging.getLogger("train_mini")
 ROOT = Path(__file__).resolve().parent.parent
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -81,6 +83,12 @@ def build_model(arguments: argparse.Namespace, device: torch.device) -> NVSModel
 
 def load_autoencoder(model: NVSModel, folder: Path) -> None:
     """Take the autoencoder of a model folder, whatever else is in it."""
+    wanted, found = (
+        {k: v for k, v in config.items() if k != "scaling_factor"}
+        for config in (model.config.vae, json.loads((folder / CONFIG_NAME).read_text())["vae"])
+    )
+    if wanted != found:
+        raise InputError(f"{folder / CONFIG_NAME}: its autoencoder has another shape than --config asks for")
     packed = {k: v for k, v in load_file(folder / WEIGHTS_NAME).items() if k.startswith("vae.")}
     state = dequantise_state_dict(packed, str(folder / WEIGHTS_NAME))
     model.vae.load_state_dict({k.removeprefix("vae."): v for k, v in state.items()})
@@ -91,7 +99,10 @@ def share_autoencoder(model: NVSModel) -> None:
     if WORLD == 1:
         return
     for tensor in model.vae.state_dict().values():
-        dist.broadcast(tensor, 0)
+        # Memory is sent as it lies, and processes may hold kernels in different memory formats.
+        packed = tensor.contiguous()
+        dist.broadcast(packed, 0)
+        tensor.copy_(packed)
     scale = torch.tensor([model.vae.config.scaling_factor], device=model.device, dtype=torch.float64)
     dist.broadcast(scale, 0)
     model.vae.register_to_config(scaling_factor=float(scale))
@@ -161,7 +172,8 @@ def main() -> None:
     logging.basicConfig(level=level, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    device = torch.device(arguments.device, RANK) if arguments.device == "cuda" else torch.device(arguments.device)
+    cuda = arguments.device == "cuda"
+    device = torch.device("cuda", LOCAL_RANK) if cuda else torch.device(arguments.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if WORLD > 1:
@@ -179,7 +191,9 @@ def main() -> None:
     log.info("first step, with compilation, in %.1f s", time.perf_counter() - start)
     seconds = config.seconds
     if arguments.deadline:
-        seconds = min(seconds, arguments.deadline - (time.perf_counter() - began))
+        seconds = min(seconds, arguments.deadline - clock_of_first(time.perf_counter() - began, device))
+        if arguments.total_seconds is None:
+            config.total_seconds = trainer.elapsed + seconds
     trainer.run(seconds)
     log.info("%d steps in %.0f s", trainer.step, trainer.elapsed)
     if RANK == 0:

@@ -6,7 +6,7 @@ python scripts/validate_mini.py --validation data/views/val.tar
 import argparse
 import dataclasses
 import json
-import logging
+import sys
 from pathlib import Path
 
 import torch
@@ -26,12 +26,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pictures", type=Path, help="where to keep the sampled views (.pt)")
     arguments = parser.parse_args()
-    logging.basicConfig(level=logging.INFO)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = NVSModel.load(arguments.model).to(device)
     bank = load_tar(arguments.validation).to(device)
     scores, pictures = validate_views(model, bank, arguments.steps, arguments.guidance_scale, arguments.seed)
-    logging.getLogger("validate_mini").info("%s", json.dumps(dataclasses.asdict(scores), indent=1))
+    sys.stdout.write(json.dumps(dataclasses.asdict(scores), indent=1) + "\n")
     if arguments.pictures:
         torch.save((pictures * 255).round().byte().cpu(), arguments.pictures)
 

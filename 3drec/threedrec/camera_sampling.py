@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from threedrec.config_schema import limited
 from threedrec.errors import InputError
 
 LIGHT_STRATEGIES = ("dreamfusion", "magic3d", "headlight")
@@ -28,11 +29,11 @@ class RandomCameraConfig:
     batch_size: int | list[int] = 1
     resolution_milestones: list[int] = field(default_factory=list)
     """Steps at which the next height, width and batch size come into force."""
-    eval_height: int = 512
-    eval_width: int = 512
-    eval_batch_size: int = 1
-    n_val_views: int = 1
-    n_test_views: int = 120
+    eval_height: int = limited(512, ge=16)
+    eval_width: int = limited(512, ge=16)
+    eval_batch_size: int = limited(1, ge=1)
+    n_val_views: int = limited(1, ge=1)
+    n_test_views: int = limited(120, ge=1)
     elevation_range: tuple[float, float] = (-10.0, 90.0)
     azimuth_range: tuple[float, float] = (-180.0, 180.0)
     camera_distance_range: tuple[float, float] = (1.0, 1.5)
@@ -48,7 +49,7 @@ class RandomCameraConfig:
     light_distance_range: tuple[float, float] = (0.8, 1.5)
     eval_elevation_deg: float = 15.0
     eval_camera_distance: float = 1.5
-    eval_fovy_deg: float = 70.0
+    eval_fovy_deg: float = limited(70.0, gt=0, lt=180)
     light_sample_strategy: str = "dreamfusion"
     """"dreamfusion" (near the camera), "magic3d" (within 60 degrees of it) or "headlight" (its direction exactly)."""
     batch_uniform_azimuth: bool = True
@@ -71,7 +72,7 @@ class RandomCameraConfig:
             )
         if list(self.resolution_milestones) != sorted(self.resolution_milestones):
             raise InputError("random_camera.resolution_milestones: steps must not decrease; sort them")
-        if min(heights + widths + batch_sizes + [self.eval_height, self.eval_width]) < 1:
+        if min(heights + widths + batch_sizes) < 1:
             raise InputError("random_camera: heights, widths and batch sizes must be at least 1")
         if self.light_sample_strategy not in LIGHT_STRATEGIES:
             raise InputError(
@@ -81,8 +82,11 @@ class RandomCameraConfig:
         self._check_ranges()
 
     def sizes(self) -> tuple[list[int], list[int], list[int]]:
-        """Return heights, widths and batch sizes per stage, as lists."""
-        return _as_list(self.height), _as_list(self.width), _as_list(self.batch_size)
+        """Return heights, widths and batch sizes per stage, as lists; a single number stands for all stages."""
+        sizes = [_as_list(value) for value in (self.height, self.width, self.batch_size)]
+        stages = max(len(size) for size in sizes)
+        heights, widths, batch_sizes = (size * stages if len(size) == 1 else size for size in sizes)
+        return heights, widths, batch_sizes
 
     def _check_ranges(self) -> None:
         limits = {

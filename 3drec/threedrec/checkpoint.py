@@ -4,6 +4,7 @@ A checkpoint is one file, replaced atomically. Random draws are functions of (se
 so no generator state is kept in it. Files are read without unpickling code (``weights_only=True``).
 """
 
+import os
 import pickle
 import time
 import zlib
@@ -38,7 +39,7 @@ class Checkpoint:
     optimizer: dict[str, Any] = field(default_factory=dict)
     """State of the stage's optimiser; empty between stages."""
     extra: dict[str, Any] = field(default_factory=dict)
-    """What else the stage keeps (confidences of views, the gradient scaler)."""
+    """What else the stage keeps (confidences of views)."""
 
 
 def step_generator(seed: int, stage: str, step: int, device: torch.device | str) -> torch.Generator:
@@ -58,33 +59,34 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         torch.save({"format": FORMAT, **vars(checkpoint)}, temporary)
 
 
-def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> Checkpoint:
-    """Read a checkpoint.
+def load_checkpoint(path: Path, device: torch.device | str = "cpu", key: str = "resume") -> Checkpoint:
+    """Read a checkpoint; ``key`` is the config key that names it, for error messages.
 
     Raises:
         InputError: no such file, damaged, not a checkpoint of ours, or with weights that are not finite.
     """
     path = Path(path)
-    if not path.is_file():
-        what = "is a folder, not a checkpoint" if path.is_dir() else "no such checkpoint"
-        raise InputError(f"resume: {path}: {what}; give a file from a run's ckpts folder, or resume=auto")
+    if not os.path.isfile(path):
+        what = "is a folder, not a checkpoint" if os.path.isdir(path) else "no such checkpoint"
+        newest = ", or resume=auto" if key == "resume" else ""
+        raise InputError(f"{key}: {path}: {what}; give a file from a run's ckpts folder{newest}")
     try:
         content = torch.load(path, map_location=device, weights_only=True)
     except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
         raise InputError(
-            f"resume: {path}: damaged, or not a checkpoint of this program; choose another file of its folder"
+            f"{key}: {path}: damaged, or not a checkpoint of this program; choose another file of its folder"
         ) from error
     if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
-        raise InputError(f"resume: {path}: not a checkpoint of this program; give a file from a run's ckpts folder")
+        raise InputError(f"{key}: {path}: not a checkpoint of this program; give a file from a run's ckpts folder")
     checkpoint = Checkpoint(**content)
     for name, value in checkpoint.model.items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise InputError(f"resume: {path}: `{name}` holds values that are not finite; choose an earlier checkpoint")
+            raise InputError(f"{key}: {path}: `{name}` holds values that are not finite; choose an earlier checkpoint")
     return checkpoint
 
 
-def load_model(model: nn.Module, checkpoint: Checkpoint, source: Path | str) -> None:
-    """Copy a checkpoint's weights into ``model``, strictly.
+def load_model(model: nn.Module, checkpoint: Checkpoint, source: Path | str, key: str = "resume") -> None:
+    """Copy a checkpoint's weights into ``model``, strictly; ``key`` as in `load_checkpoint`.
 
     Raises:
         InputError: names or shapes differ, which means that the config is not the one of the run.
@@ -96,7 +98,7 @@ def load_model(model: nn.Module, checkpoint: Checkpoint, source: Path | str) -> 
     for problem, names in (("lacks", missing), ("has an unknown", surplus), ("has another shape of", shapes)):
         if names:
             raise InputError(
-                f"resume: {source}: {problem} `{names[0]}`; use the config of the run that wrote it (parsed.yaml)"
+                f"{key}: {source}: {problem} `{names[0]}`; use the config of the run that wrote it (parsed.yaml)"
             )
     model.load_state_dict(checkpoint.model)
 

@@ -3,7 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from threedrec import __version__
 from threedrec.errors import InputError
@@ -29,7 +29,7 @@ examples:
   3drec run photo.png -o chair resume=auto
 
 The mesh is DIR/save/*.glb, the turntable DIR/save/*.mp4, the numbers DIR/metrics.json. A PNG with an alpha channel
-tells what the object is; without one the background has to be plain (or: pip install '3drec[segment]').
+tells what the object is; without one the background has to be plain (or: pip install -e '.[segment]').
 """
 MODES: dict[str, str] = {
     "train": "optimise, then render the test turntable and export the mesh",
@@ -42,6 +42,10 @@ MODES: dict[str, str] = {
 class Parser(argparse.ArgumentParser):
     """An argument parser whose mistakes end like all others: one line ``error: …`` and exit code 2."""
 
+    def __init__(self, **options: Any) -> None:
+        """Take ``options`` as argparse does; texts keep their lines, and options must be written out."""
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
     def error(self, message: str) -> NoReturn:
         """Write the mistake and leave."""
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
@@ -53,8 +57,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="3drec",
         description="One photograph in, a textured mesh out.",
         epilog="first try: 3drec run photo.png -o chair",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"3drec {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -63,8 +65,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="make a mesh from one image; needs no YAML",
         description="Make a textured mesh, a turntable and a metrics file from one image.",
         epilog=RUN_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     _add_run_arguments(run)
     launch = commands.add_parser(
@@ -72,8 +72,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="run a config file; the same as python launch.py",
         description="Run a config file.",
         epilog=LAUNCH_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     _add_launch_arguments(launch)
     options, rest = parser.parse_known_args(arguments)
@@ -87,8 +85,6 @@ def launch_main(arguments: Sequence[str] | None = None) -> int:
         prog="launch.py",
         description="Run a config file.",
         epilog=LAUNCH_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     _add_launch_arguments(parser)
     options, rest = parser.parse_known_args(arguments)
@@ -98,7 +94,9 @@ def launch_main(arguments: Sequence[str] | None = None) -> int:
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", metavar="IMG", help="the photograph (PNG, JPEG or WebP)")
     parser.add_argument("-o", "--output", metavar="DIR", required=True, help="folder for the results")
-    parser.add_argument("--recipe", metavar="R", default=None, help="auto (default), mini-cpu, mini-gpu or full-gpu")
+    parser.add_argument(
+        "--recipe", metavar="R", default=None, help="auto (default), mini-cpu, mini-gpu, full-gpu, or none"
+    )
     parser.add_argument("--seed", metavar="N", type=int, default=None, help="seed of every random draw (default 0)")
     _add_common_arguments(parser)
 

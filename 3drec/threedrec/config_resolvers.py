@@ -30,8 +30,8 @@ RESOLVERS: dict[str, Callable[..., Any]] = {
     # The factor by which a learning rate shrinks each step so that n steps shrink it by `factor`.
     "calc_exp_lr_decay_rate": lambda factor, n: factor ** (1.0 / n),
     "tuple2": _tuple2,
-    "gt0": lambda value: value > 0,
-    # Is a loss weight (a number or a schedule) ever above zero?
+    # Is a loss weight (a number or a schedule) ever above zero? The released YAML asks by either name.
+    "gt0": lambda schedule: _largest(schedule) > 0,
     "cmaxgt0": lambda schedule: _largest(schedule) > 0,
     "cmaxgt0orcmaxgt0": lambda first, second: _largest(first) > 0 or _largest(second) > 0,
     "basename": lambda path: PurePath(path).name,

@@ -160,7 +160,7 @@ class TrainerConfig:
     """Validation views to render before the first step."""
     enable_progress_bar: bool = True
     precision: Precision = "32-true"
-    """Autocast of the field and renderer on CUDA; the CPU always computes in float32."""
+    """Kept for the released YAML: the field computes in float32, and half precision is the guidance's own choice."""
     gradient_clip_val: float | None = limited(None, gt=0)
     """Largest norm of all gradients together; None does not clip."""
 
@@ -181,7 +181,7 @@ class ExperimentConfig:
     """One config file, resolved."""
 
     name: str = "default"
-    description: str = ""
+    description: str = ignored("", "it is for readers of the file")
     tag: str = "run"
     seed: int = limited(0, ge=0)
     exp_root_dir: str = "./outputs"

@@ -38,16 +38,15 @@ class Distillation:
         run.scene.renderer.update(run.fit_steps + index, generator)
         reference, guided = turn(freq, index)
         results = []
-        with run.fabric.autocast():
-            if guided:
-                cameras = self.sampler(index, generator)
-                result, rgb = self.supervision.guidance(self.guidance, cameras, index, generator)
-                results.append(result)
-            if reference:
-                results.append(self.supervision.reference(self._support(index), index, generator))
-            if self.view_fit is not None:
-                result = self.view_fit(1.0, generator)
-                results.append(StepResult(self.keep_weight * result.loss, result.terms))
+        if guided:
+            cameras = self.sampler(index, generator)
+            result, rgb = self.supervision.guidance(self.guidance, cameras, index, generator)
+            results.append(result)
+        if reference:
+            results.append(self.supervision.reference(self._support(index), index, generator))
+        if self.view_fit is not None:
+            result = self.view_fit(1.0, generator)
+            results.append(StepResult(self.keep_weight * result.loss, result.terms))
         if guided and freq.guidance_eval > 0 and (index + 1) % freq.guidance_eval == 0:
             self._save_preview(rgb, cameras, index)
         return joined(*results)

@@ -51,6 +51,7 @@ class SingleImageConfig:
     height: Union[int, list[int]] = field(default=96, metadata={"ge": 1})
     """Pixels of the reference view in training; a list gives one per stage between ``resolution_milestones``."""
     width: Union[int, list[int]] = field(default=96, metadata={"ge": 1})
+    """The same as ``height``: the reference view is square."""
     resolution_milestones: list[int] = field(default_factory=list, metadata={"ge": 0})
     """Steps at which the next height and width come into force."""
     default_elevation_deg: float = field(default=0.0, metadata={"ge": -90, "le": 90})
@@ -85,6 +86,10 @@ class SingleImageConfig:
         heights, widths = (value if isinstance(value, list) else [value] for value in (self.height, self.width))
         if len(heights) != len(widths):
             raise InputError(f"width: {len(widths)} values beside {len(heights)} of height; give as many of both")
+        if heights != widths:
+            raise InputError(
+                f"height: {self.height} beside a width of {self.width}; the reference view is square, so give one size"
+            )
         if len(heights) > 1 and len(heights) != len(self.resolution_milestones) + 1:
             raise InputError(
                 f"resolution_milestones: {len(heights)} sizes need {len(heights) - 1} milestones,"

@@ -4,8 +4,9 @@ import logging
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
+from threedrec.cameras import Cameras
 from threedrec.confidence import Confidence
 from threedrec.errors import InputError
 from threedrec.files import atomic_path
@@ -26,7 +27,10 @@ def sample_views(run: Run) -> int:
     """Let the guidance imagine views around the object; they are kept, so that this happens once."""
     config = _warm_start(run)
     cameras = view_ring(config, run.support.camera, size=run.support.rgb.shape[0])
-    rgb = _cached_views(run, len(cameras))
+    steps = min(config.num_inference_steps, run.config.trainer.max_steps)
+    origin = _origin(run, cameras, steps)
+    rgb = _cached_views(run, origin)
+    sampled = rgb is None
     if rgb is None:
         guidance = run.load_guidance()
         if not isinstance(guidance, ViewSampler):
@@ -34,7 +38,6 @@ def sample_views(run: Run) -> int:
                 f"system.guidance.warm_start: {run.config.system.guidance_type} cannot sample views; "
                 "set system.guidance.warm_start.enabled=false"
             )
-        steps = min(config.num_inference_steps, run.config.trainer.max_steps)
         with run.reporter.stage("views", steps) as report:
             rgb = guidance.sample_views(
                 cameras.to(run.device),
@@ -47,8 +50,10 @@ def sample_views(run: Run) -> int:
         if not bool(rgb.isfinite().all()):
             raise InputError(f"{guidance.description}: sampled views are not finite; its weights may be damaged")
         with atomic_path(run.keeper.folder / VIEWS_FILE) as temporary:
-            safetensors.torch.save_file({"rgb": rgb.cpu().contiguous()}, temporary)
-        preview_grid(rgb, run.save_dir / "sampled-views.png", columns=8)
+            safetensors.torch.save_file({"rgb": rgb.cpu().contiguous()}, temporary, metadata=origin)
+    preview = run.save_dir / "sampled-views.png"
+    if sampled or not preview.exists():
+        preview_grid(rgb, preview, columns=8)
     cameras = cameras.resized(*rgb.shape[1:3])
     run.views = build_view_set(rgb.cpu(), cameras, run.support.camera.to("cpu"), config.back_weight).to(run.device)
     run.confidence = Confidence(run.views, config.tolerance)
@@ -62,17 +67,32 @@ def _warm_start(run: Run) -> WarmStartConfig:
     return config
 
 
-def _cached_views(run: Run, count: int) -> torch.Tensor | None:
+def _origin(run: Run, cameras: Cameras, steps: int) -> dict[str, str]:
+    """What the sampled views depend on, as the metadata of their file."""
+    angles = torch.stack([cameras.elevation, cameras.azimuth], dim=1)
+    return {
+        "steps": str(steps),
+        "guidance_scale": str(_warm_start(run).guidance_scale),
+        "seed": str(run.config.seed),
+        "elevation_azimuth": str([[round(angle, 3) for angle in pair] for pair in angles.tolist()]),
+    }
+
+
+def _cached_views(run: Run, origin: dict[str, str]) -> torch.Tensor | None:
     """Views sampled before this run was interrupted, None when there are none (or not those of this config)."""
     path = run.keeper.folder / VIEWS_FILE
     if run.resumed is None or not path.is_file():
         return None
     try:
-        rgb = safetensors.torch.load_file(path)["rgb"]
-    except (SafetensorError, KeyError, OSError):
+        with safe_open(path, "pt") as file:
+            found, rgb = file.metadata(), file.get_tensor("rgb")
+    except (SafetensorError, OSError):
         logger.warning("%s cannot be read; sampling its views again", path)
         return None
-    return rgb.to(run.device) if len(rgb) == count else None
+    if found != origin:
+        logger.warning("%s holds views of another config; sampling them again", path)
+        return None
+    return rgb.to(run.device)
 
 
 def ensure_views(run: Run) -> None:
@@ -102,8 +122,7 @@ def fit_views(run: Run) -> int:
     def step(index: int) -> StepResult:
         generator = run.generator("fit", index)
         run.scene.renderer.update(index, generator)
-        with run.fabric.autocast():
-            return fit((index + 1) / total, generator)
+        return fit((index + 1) / total, generator)
 
     def rate(index: int) -> None:
         # Cosine from 1 to 0.1.

@@ -8,13 +8,13 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from threedrec.errors import InputError
-from threedrec.terminal import command_line
+from threedrec.terminal import DISK_ERRORS, command_line
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +55,8 @@ def run_job(job: Job) -> Path:
     device = choose_device(job.gpu)
     config = load_config(job.config, job.overrides, values=job.values, device_type=device.type)
     _check_image(config.data.image_path)
+    if config.resume == AUTO or (config.resume is None and job.mode != "train"):
+        config.trial_dir = config.trial_dir or _run_of(job.config)
     run_dir = open_run(config, job.mode)
     there_before = set(run_dir.iterdir())
     if config.resume and (run_dir / PARSED).is_file():
@@ -62,14 +64,25 @@ def run_job(job: Job) -> Path:
         if changed:
             logger.warning("not as when the run began: %s", ", ".join(changed))
     if job.mode == "train":
-        dump_config(config, run_dir / PARSED)
+        # Where this run lies and what it went on from is no part of what repeats it.
+        dump_config(replace(config, resume=None, trial_dir=None, timestamp=None), run_dir / PARSED)
         _record_command(run_dir)
     if device.type == "cpu":
         from threedrec.threads import choose_threads
 
         choose_threads()
     logger.info("%s on %s, results in %s", job.mode, device, run_dir)
+    try:
+        _work(job.mode, config, run_dir, device)
+    except InputError:
+        if job.mode == "train" and config.resume is None:
+            _discard_unbegun(run_dir, there_before)
+        raise
+    return run_dir
 
+
+def _work(mode: Mode, config: "ExperimentConfig", run_dir: Path, device: "torch.device") -> None:
+    from threedrec.files import write_error
     from threedrec.registry import find
 
     reconstruction = find("system", config.system_type)(config, run_dir, device)
@@ -78,14 +91,14 @@ def run_job(job: Job) -> Path:
         "validate": reconstruction.validate,
         "test": reconstruction.test,
         "export": reconstruction.export,
-    }[job.mode]
+    }[mode]
     try:
         work()
-    except InputError:
-        if job.mode == "train" and config.resume is None:
-            _discard_unbegun(run_dir, there_before)
+    except OSError as error:
+        # Writers of logs do not say which file they could not write.
+        if error.errno in DISK_ERRORS and error.filename is None:
+            raise write_error(run_dir, error) from error
         raise
-    return run_dir
 
 
 def _discard_unbegun(run_dir: Path, kept: set[Path]) -> None:
@@ -139,30 +152,35 @@ def open_run(config: "ExperimentConfig", mode: Mode) -> Path:
     """
     if mode != "train" and config.resume is None:
         config.resume = AUTO
+    unbegun = None
     if config.resume == AUTO:
-        found = newest_checkpoint(config)
+        unbegun = _run_without_checkpoint(config) if mode == "train" else None
+        found = newest_checkpoint(config) if unbegun is None else None
         if found is None and mode != "train":
             raise InputError(f"resume: no checkpoint to {mode} under {_run_pattern(config)}; give resume=FILE")
         if found is None:
-            logger.info("nothing to resume under %s, starting afresh", _run_pattern(config))
+            logger.info("nothing to resume under %s, starting afresh", unbegun or _run_pattern(config))
         config.resume = None if found is None else str(found)
     if config.resume is not None:
         return _resumed_run(config)
-    run_dir = _new_run(config)
-    config.trial_dir = str(run_dir)
-    ensure_writable(run_dir)
+    run_dir = _new_run(config) if unbegun is None else unbegun
+    _stay_in(run_dir, config)
     return run_dir
 
 
 def newest_checkpoint(config: "ExperimentConfig") -> Path | None:
     """Return the newest checkpoint of the newest run of this name and tag that has one, None without any."""
-    pattern = _run_pattern(config)
-    runs = [pattern] if config.trial_dir else _runs(pattern.parent, config)
-    for run in sorted(runs, key=lambda run: run.name, reverse=True):
-        checkpoints = [file for file in (run / CHECKPOINTS).glob("[!.]*.ckpt") if file.is_file()]
+    for run in _runs(config):
+        checkpoints = _checkpoints(run)
         if checkpoints:
             return max(checkpoints, key=lambda file: file.stat().st_mtime_ns)
     return None
+
+
+def _run_without_checkpoint(config: "ExperimentConfig") -> Path | None:
+    """Return the newest run of this name and tag if it was killed before its first checkpoint, otherwise None."""
+    newest = next((run for run in _runs(config) if _holds_run(run) or _checkpoints(run)), None)
+    return None if newest is None or _checkpoints(newest) else newest
 
 
 def ensure_writable(folder: Path) -> None:
@@ -186,37 +204,48 @@ def _new_run(config: "ExperimentConfig") -> Path:
     from threedrec.lookup import output_root
 
     if config.trial_dir:
-        run_dir = Path(config.trial_dir)
-        if (run_dir / PARSED).exists():
-            raise InputError(f"{run_dir}: holds a run already; add resume=auto to continue it, or name another folder")
-        return run_dir
+        return _unused(Path(config.trial_dir))
     if config.timestamp is None:
         config.timestamp = datetime.now().strftime("@%Y%m%d-%H%M%S") if config.use_timestamp else ""
     run_dir = output_root(config.exp_root_dir) / config.name / f"{_one_name(config.tag)}{config.timestamp}"
+    if not config.use_timestamp:
+        return _unused(run_dir)
     # Two runs that start in one second must not share a folder.
     unique, count = run_dir, 2
-    while config.use_timestamp and unique.exists():
+    while os.path.exists(unique):
         unique, count = run_dir.with_name(f"{run_dir.name}-{count}"), count + 1
     return unique
+
+
+def _unused(run_dir: Path) -> Path:
+    """Return ``run_dir``, which has a name of its own and so could be used twice, if it holds no run."""
+    if _holds_run(run_dir):
+        raise InputError(f"{run_dir}: holds a run already; add resume=auto to continue it, or name another folder")
+    return run_dir
 
 
 def _resumed_run(config: "ExperimentConfig") -> Path:
     from threedrec.lookup import find_path
 
     checkpoint = find_path(str(config.resume))
-    if not checkpoint.is_file():
-        what = "is a folder, give a file from it" if checkpoint.is_dir() else "no such checkpoint"
+    if not os.path.isfile(checkpoint):
+        what = "is a folder, give a file from it" if os.path.isdir(checkpoint) else "no such checkpoint"
         raise InputError(f"resume: {config.resume}: {what}; resume=auto takes the newest run's")
     config.resume = str(checkpoint)
     run_dir = checkpoint.resolve().parent
     if run_dir.name == CHECKPOINTS:
         run_dir = run_dir.parent
+    _stay_in(run_dir, config)
+    logger.info("resuming from %s", checkpoint)
+    return run_dir
+
+
+def _stay_in(run_dir: Path, config: "ExperimentConfig") -> None:
+    """Make ``run_dir`` the run's folder, and prove that it can be written."""
     config.trial_dir = str(run_dir)
     stamp = re.search(r"@\d{8}-\d{6}(-\d+)?$", run_dir.name)
     config.timestamp = stamp.group() if stamp else ""
     ensure_writable(run_dir)
-    logger.info("resuming from %s", checkpoint)
-    return run_dir
 
 
 def _run_pattern(config: "ExperimentConfig") -> Path:
@@ -227,9 +256,31 @@ def _run_pattern(config: "ExperimentConfig") -> Path:
     return output_root(config.exp_root_dir) / config.name / f"{_one_name(config.tag)}@*"
 
 
-def _runs(folder: Path, config: "ExperimentConfig") -> list[Path]:
+def _run_of(config_file: str) -> str | None:
+    """Return the run whose ``parsed.yaml`` a config file is, None for any other file."""
+    from threedrec.lookup import find_path
+
+    path = find_path(config_file).resolve()
+    return str(path.parent.parent) if path.parts[-2:] == PARSED.parts else None
+
+
+def _runs(config: "ExperimentConfig") -> list[Path]:
+    """Return the folders of this name and tag, the newest first; ``trial_dir`` alone where it is given."""
+    pattern = _run_pattern(config)
+    if config.trial_dir:
+        return [pattern]
+    folder = pattern.parent
     name = re.escape(_one_name(config.tag)) + r"(@\d{8}-\d{6}(-\d+)?)?"
-    return [run for run in folder.iterdir() if re.fullmatch(name, run.name)] if folder.is_dir() else []
+    runs = [run for run in folder.iterdir() if re.fullmatch(name, run.name)] if os.path.isdir(folder) else []
+    return sorted(runs, key=lambda run: run.name, reverse=True)
+
+
+def _holds_run(folder: Path) -> bool:
+    return os.path.isfile(folder / PARSED)
+
+
+def _checkpoints(run: Path) -> list[Path]:
+    return [file for file in (run / CHECKPOINTS).glob("[!.]*.ckpt") if file.is_file()]
 
 
 def _one_name(tag: str) -> str:
@@ -241,8 +292,8 @@ def _check_image(path: str) -> None:
     """Refuse a missing image before a model is loaded."""
     if not path:
         raise InputError("data.image_path: no image given; add data.image_path=PHOTO.png")
-    if not Path(path).is_file():
-        raise InputError(f"data.image_path: {path}: {'is a folder' if Path(path).is_dir() else 'no such file'}")
+    if not os.path.isfile(path):
+        raise InputError(f"data.image_path: {path}: {'is a folder' if os.path.isdir(path) else 'no such file'}")
 
 
 def _record_command(run_dir: Path) -> None:

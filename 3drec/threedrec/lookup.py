@@ -1,5 +1,6 @@
 """Where files named by people are found, in a checkout and in an installed wheel."""
 
+import os
 from pathlib import Path
 
 PACKAGE_DIR = Path(__file__).resolve().parent
@@ -24,10 +25,11 @@ def find_path(path: str | Path) -> Path:
     found nowhere comes back unchanged: who opens it says that it is missing.
     """
     path = Path(path).expanduser()
-    if path.is_absolute() or path.exists():
+    # os.path takes a name that is too long for any file as one that is missing; Path.exists raises.
+    if path.is_absolute() or os.path.exists(path):
         return path
     beside = (repository_root() or PACKAGE_DIR) / path
-    return beside if beside.exists() else path
+    return beside if os.path.exists(beside) else path
 
 
 def output_root(path: str | Path) -> Path:
@@ -37,6 +39,6 @@ def output_root(path: str | Path) -> Path:
     """
     path = Path(path).expanduser()
     root = repository_root()
-    if path.is_absolute() or path.exists() or root is None or not Path.cwd().is_relative_to(root):
+    if path.is_absolute() or os.path.exists(path) or root is None or not Path.cwd().is_relative_to(root):
         return path
     return root / path

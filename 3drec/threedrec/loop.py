@@ -10,12 +10,13 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from threedrec.checkpoint import Checkpoint, CheckpointKeeper
+from threedrec.errors import InputError
 from threedrec.loggers import Reporter
 
 logger = logging.getLogger(__name__)
 
 
-class DivergenceError(RuntimeError):
+class DivergenceError(InputError):
     """The optimisation produced values that are not finite."""
 
 
@@ -62,6 +63,8 @@ class LoopRunner:
         self.finished: list[str] = []
         self.extra: Callable[[], dict[str, Any]] = dict
         """What checkpoints keep beside the model and the optimiser."""
+        self.before_save: Callable[[], None] = lambda: None
+        """Called before a checkpoint is written: what a killed run would otherwise lose."""
         self.last_terms: dict[str, float] = {}
 
     def run(self, loop: Loop) -> None:
@@ -84,13 +87,16 @@ class LoopRunner:
 
     def save(self, stage: str, done: int, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Write a checkpoint after ``done`` steps of ``stage``."""
+        self.before_save()
+        for sink in self.fabric.loggers:
+            sink.save()
         checkpoint = Checkpoint(
             stage=stage,
             step=done,
             finished=list(self.finished),
             model=self.scene.state_dict(),
             optimizer={} if optimizer is None else optimizer.state_dict(),
-            extra={**self.extra(), "precision": self.fabric.strategy.precision.state_dict()},
+            extra=self.extra(),
         )
         self.keeper.save(checkpoint)
 
@@ -100,14 +106,10 @@ class LoopRunner:
             raise DivergenceError(_describe(loop.stage, step, result))
         loop.optimizer.zero_grad(set_to_none=True)
         self.fabric.backward(result.loss)
-        scaled = self.fabric.strategy.precision.precision == "16-mixed"
-        if self.clip_norm is not None:
-            # Fabric undoes the gradient scale before it clips. Overflows of half precision are the scaler's business.
-            self.fabric.clip_gradients(
-                self.scene, loop.optimizer, max_norm=self.clip_norm, error_if_nonfinite=not scaled
-            )
-        elif not scaled and not _finite_gradients(loop.optimizer):
+        if not _finite_gradients(loop.optimizer):
             raise DivergenceError(f"stage {loop.stage}, step {step}: a gradient is not finite; {_ADVICE}")
+        if self.clip_norm is not None:
+            self.fabric.clip_gradients(self.scene, loop.optimizer, max_norm=self.clip_norm, error_if_nonfinite=False)
         loop.optimizer.step()
 
     def _log(self, stage: str, done: int, result: StepResult, force: bool) -> dict[str, float]:
@@ -119,7 +121,7 @@ class LoopRunner:
         return self.last_terms
 
 
-_ADVICE = "lower the learning rate (system.optimizer.args.lr) or set trainer.precision=32-true"
+_ADVICE = "lower the learning rate (system.optimizer.args.lr)"
 
 
 def _describe(stage: str, step: int, result: StepResult) -> str:
@@ -129,5 +131,7 @@ def _describe(stage: str, step: int, result: StepResult) -> str:
 
 def _finite_gradients(optimizer: torch.optim.Optimizer) -> bool:
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if not gradients:
+        return True
     # One sum is one pass without a mask, and is not finite as soon as one entry is not.
-    return all(bool(gradient.sum().isfinite()) for gradient in gradients)
+    return bool(torch.stack([gradient.sum() for gradient in gradients]).isfinite().all())

@@ -126,23 +126,9 @@ def opaque_loss(opacity: Float[Tensor, "R 1"]) -> Float[Tensor, ""]:
     return -(p * torch.log(p) + (1.0 - p) * torch.log(1.0 - p)).mean()
 
 
-def robust_rgb_loss(
-    rgb: Float[Tensor, "R 3"],
-    target: Float[Tensor, "R 3"],
-    confidence: Float[Tensor, "R 1"] | None = None,
-    scale: float = 0.1,
-) -> Float[Tensor, ""]:
-    """Return the confidence-weighted mean of a pseudo-Huber distance between colours.
+def charbonnier(residual: Float[Tensor, "R C"]) -> Float[Tensor, " R"]:
+    """Return the mean over channels of sqrt(r^2 + 0.01^2) - 0.01: |r| with a smooth foot (Charbonnier et al. 1994).
 
-    scale^2 (sqrt(1 + |difference|^2 / scale^2) - 1) is half the squared distance for small differences and grows
-    linearly beyond ``scale``, so that views which disagree cannot outvote those that agree (Charbonnier et al. 1997).
-
-    Args:
-        confidence: non-negative weight per ray; the mean divides by their sum. All equal when absent.
-        scale: colour distance at which a difference starts to look like a disagreement.
+    It grows linearly, so that views which disagree cannot outvote those that agree.
     """
-    squared = (rgb - target).square().sum(-1, keepdim=True)
-    distance = scale**2 * ((1.0 + squared / scale**2).sqrt() - 1.0)
-    if confidence is None:
-        return distance.mean()
-    return (confidence * distance).sum() / confidence.sum().clamp(min=1e-8)
+    return ((residual.square() + 1e-4).sqrt() - 1e-2).mean(dim=-1)

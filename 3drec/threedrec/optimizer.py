@@ -1,6 +1,8 @@
 """The optimiser that a config asks for."""
 
 from collections.abc import Iterator
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,14 +20,58 @@ def build_optimizer(scene: nn.Module, config: OptimizerConfig) -> torch.optim.Op
         config: without ``params`` all parameters form one group; with it, only those that it names are trained.
 
     Raises:
-        InputError: ``params`` names a part that does not exist.
+        InputError: see `check_groups`.
     """
+    check_groups(scene, config)
     arguments = {"lr": config.args.lr, "betas": tuple(config.args.betas), "eps": config.args.eps}
     if config.args.weight_decay is not None:
         arguments["weight_decay"] = config.args.weight_decay
     groups = list(_groups(scene, config))
     cls = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[config.name]
     return cls(groups, **arguments)  # type: ignore[arg-type]
+
+
+def check_groups(scene: nn.Module, config: OptimizerConfig) -> None:
+    """Check ``params`` against the parts of ``scene``, which is cheap and can be done long before they are trained.
+
+    Raises:
+        InputError: it names no part, a part that does not exist or has nothing to train, or a part of another one.
+    """
+    if config.params is None:
+        return
+    where, names = "system.optimizer.params", list(config.params)
+    if not names:
+        raise InputError(f"{where}: names no part; use null to train all of them")
+    modules = dict(scene.named_modules())
+    for name in names:
+        if not name or name not in modules:
+            known = ", ".join(child for child, _ in scene.named_children())
+            raise InputError(f"{where}: no part is called '{name}' (known: {known} and their parts)")
+        if not _trained(modules[name]):
+            raise InputError(f"{where}: '{name}' has nothing to train; leave it out")
+        inside = [other for other in names if name.startswith(f"{other}.")]
+        if inside:
+            raise InputError(f"{where}: '{name}' is part of '{inside[0]}'; name one of them, or the other parts of it")
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Bring ``optimizer`` to a state that a checkpoint holds.
+
+    Raises:
+        InputError: the state is of other parameters or groups.
+    """
+    saved, ours = ([group["params"] for group in groups] for groups in (state["param_groups"], optimizer.param_groups))
+    fits = [len(group) for group in saved] == [len(group) for group in ours] and all(
+        value.dim() == 0 or value.shape == parameter.shape
+        for index, parameter in zip(chain(*saved), chain(*ours), strict=True)
+        for value in state["state"].get(index, {}).values()
+    )
+    if not fits:
+        raise InputError(
+            "resume: the checkpoint's optimiser trained other parts;"
+            " use the system.optimizer of the run that wrote it (parsed.yaml)"
+        )
+    optimizer.load_state_dict(state)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
@@ -42,15 +88,13 @@ def scheduled_factor(config: SchedulerConfig | None, step: int) -> float:
 
 def _groups(scene: nn.Module, config: OptimizerConfig) -> Iterator[dict]:
     if config.params is None:
-        yield {"params": [parameter for parameter in scene.parameters() if parameter.requires_grad]}
+        yield {"params": _trained(scene)}
         return
-    modules = dict(scene.named_modules())
     for name, group in config.params.items():
-        if name not in modules:
-            known = ", ".join(child for child, _ in scene.named_children())
-            raise InputError(f"system.optimizer.params: no part is called '{name}' (known: {known} and their parts)")
         options = {"lr": group.lr, "weight_decay": group.weight_decay}
         chosen = {key: value for key, value in options.items() if value is not None}
-        parameters = list(modules[name].parameters())
-        if parameters:
-            yield {"params": parameters, **chosen}
+        yield {"params": _trained(scene.get_submodule(name)), **chosen}
+
+
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]

@@ -9,18 +9,19 @@ checkpoint, from which a killed run goes on.
 
 import logging
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from lightning.fabric import Fabric
 
 from threedrec.checkpoint import CheckpointKeeper, load_checkpoint, load_model
-from threedrec.config_schema import ExperimentConfig, SystemConfig, limited
+from threedrec.config_schema import ExperimentConfig, SystemConfig
 from threedrec.image import load_support_view, save_support_view
 from threedrec.loggers import Reporter, file_loggers
+from threedrec.lookup import find_path
 from threedrec.loop import LoopRunner
-from threedrec.metrics import MetricsFile
+from threedrec.metrics import MetricsFile, StageTimer
+from threedrec.optimizer import check_groups
 from threedrec.results import export, save_validation, test
 from threedrec.run import Run
 from threedrec.scene import Scene
@@ -35,13 +36,7 @@ SUPPORT_SIZE = 512
 class Reconstruction:
     """The system ``nvsadapter-system``: optimises a scene until the reference and a guidance agree with it."""
 
-    @dataclass
-    class Config(SystemConfig):
-        """``system``: threestudio's keys, and ours."""
-
-        ref_rays: int = limited(0, ge=0)
-        """Pixels of the reference looked at in each step of score distillation, on a regular grid with a random phase;
-        0 for all of them, as released."""
+    Config = SystemConfig
 
     def __init__(self, config: ExperimentConfig, run_dir: Path, device: torch.device | str) -> None:
         """Prepare a reconstruction; nothing is loaded or written yet.
@@ -60,25 +55,22 @@ class Reconstruction:
             InputError: the image, the weights, the checkpoint or the output folder cannot be used.
             DivergenceError: the optimisation produced values that are not finite.
         """
-        run = self._open(logs=True)
+        run = self._prepare()
         resumed = run.resumed
-        with run.metrics.stage("prepare", self.device, resumed=resumed is not None):
-            save_support_view(run.support, run.save_dir / "input.png")
-            if resumed is None:
-                if self.config.trainer.num_sanity_val_steps > 0:
-                    save_validation(run, "it0")
-                run.runner.save("prepare", 0)
         for stage in plan(run):
             if stage.name in run.runner.finished:
                 logger.info("stage %s: done before", stage.name)
                 continue
             logger.info("stage %s", stage.name)
             again = resumed is not None and resumed.stage == stage.name
-            with run.metrics.stage(stage.name, self.device, resumed=again):
+            with run.metrics.stage(stage.name, self.device, resumed=again) as timer:
+                run.runner.before_save = timer.flush
                 steps = stage.do(run)
+                # A finished stage is not done again, so its numbers must be in the file before the checkpoint says so.
+                run.metrics.update({f"losses.{name}": value for name, value in run.runner.last_terms.items()})
+                timer.flush()
                 run.runner.finished.append(stage.name)
                 run.runner.save(stage.name, steps, run.optimizer)
-            run.metrics.update({f"losses.{name}": value for name, value in run.runner.last_terms.items()})
         _close(run)
 
     def validate(self) -> None:
@@ -98,25 +90,47 @@ class Reconstruction:
         with run.metrics.stage("mesh", self.device):
             export(run)
 
-    def _open(self, logs: bool = False) -> Run:
+    def _prepare(self) -> Run:
+        """The stage before all others: read the image, build the scene, and show both."""
+        metrics = MetricsFile(self.run_dir / "metrics.json")
+        # No `metrics.stage`: it would leave a file in the folder of a run that was refused.
+        timer = StageTimer(metrics, "prepare", self.device, resumed=self.config.resume is not None)
+        run = self._open(metrics, logs=True)
+        save_support_view(run.support, run.save_dir / "input.png")
+        if run.resumed is None and self.config.trainer.num_sanity_val_steps > 0:
+            save_validation(run, "it0")
+        timer.flush()
+        if run.resumed is None:
+            run.runner.save("prepare", 0)
+        return run
+
+    def _open(self, metrics: MetricsFile | None = None, logs: bool = False) -> Run:
         """Build everything that the stages share, at the state of ``config.resume``."""
         config = self.config
         _repeatable(self.device)
-        fabric = _fabric(config, self.device, file_loggers(self.run_dir) if logs else [])
+        fabric = _fabric(self.device, file_loggers(self.run_dir) if logs else [])
+        if config.trainer.precision != "32-true":
+            logger.info(
+                "trainer.precision=%s: the field computes in float32; half precision is the guidance's own choice",
+                config.trainer.precision,
+            )
         support = load_support_view(config.data, SUPPORT_SIZE).to(self.device)
         scene = Scene(config.system, config.seed).to(self.device)
+        check_groups(scene.renderer, config.system.optimizer)
         keep = config.checkpoint
         keeper = CheckpointKeeper(self.run_dir / "ckpts", keep.every_n_train_steps, keep.save_last, keep.save_top_k)
         reporter = Reporter(config.trainer.enable_progress_bar)
         trainer = config.trainer
         runner = LoopRunner(fabric, scene, keeper, reporter, trainer.log_every_n_steps, trainer.gradient_clip_val)
-        metrics = MetricsFile(self.run_dir / "metrics.json")
+        metrics = metrics or MetricsFile(self.run_dir / "metrics.json")
         run = Run(config, self.run_dir, fabric, scene, support, metrics, keeper, runner, reporter)
         runner.extra = lambda: {} if run.confidence is None else {"confidence": run.confidence.state_dict()}
         start = config.resume or config.system.weights
         if start:
-            checkpoint = load_checkpoint(Path(start), self.device)
-            load_model(scene, checkpoint, start)
+            # On the CPU, where Adam's step counts belong; `load_state_dict` moves what belongs on the device.
+            key = "resume" if config.resume else "system.weights"
+            checkpoint = load_checkpoint(find_path(start), key=key)
+            load_model(scene, checkpoint, start, key)
             if config.resume:
                 run.resumed = checkpoint
                 runner.finished = list(checkpoint.finished)
@@ -124,11 +138,10 @@ class Reconstruction:
         return run
 
 
-def _fabric(config: ExperimentConfig, device: torch.device, loggers: list) -> Fabric:
-    """Fabric on one device, in the config's precision; the CPU computes in float32, where half precision is slower."""
-    precision = config.trainer.precision if device.type == "cuda" else "32-true"
+def _fabric(device: torch.device, loggers: list) -> Fabric:
+    """Fabric on one device, in float32: rays, densities and normals lose more in half precision than it saves."""
     devices = [device.index or 0] if device.type == "cuda" else 1
-    return Fabric(accelerator=device.type, devices=devices, precision=precision, loggers=loggers)
+    return Fabric(accelerator=device.type, devices=devices, precision="32-true", loggers=loggers)
 
 
 def _repeatable(device: torch.device) -> None:

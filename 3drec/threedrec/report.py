@@ -24,28 +24,52 @@ _GAP = 4
 _LABEL = 16
 
 
+Images = Float[Tensor, "T H W C"] | UInt8[Tensor, "T H W 3"]
+"""What a renderer returns, or a finished picture of it (see :func:`compact`)."""
+
+
 @torch.no_grad()
-def to_rgb(frames: Mapping[str, Float[Tensor, "T H W C"]]) -> dict[str, Float[Tensor, "T H W 3"]]:
+def to_rgb(
+    frames: Mapping[str, Float[Tensor, "T H W C"]], depth_range: tuple[float, float] | None = None
+) -> dict[str, Float[Tensor, "T H W 3"]]:
     """Turn what a renderer returns into pictures over white, by name.
 
-    ``depth`` is coloured from near (yellow) to far (violet) over the range that all frames share; ``normal``, in
-    [-1, 1], is shifted to [0, 1]; one channel becomes grey. Depth and normals are shown where ``opacity``, if it is
-    among the frames, exceeds one half.
+    ``depth`` is coloured from near (yellow) to far (violet) over ``depth_range``, by default the range that all frames
+    share; ``normal``, in [-1, 1], is shifted to [0, 1]; one channel becomes grey. Depth and normals are shown where
+    ``opacity``, if it is among the frames, exceeds one half.
     """
     frames = {name: images.detach().float().cpu() for name, images in frames.items()}
     pictures = {}
     for name, images in frames.items():
         if name in ("depth", "normal"):
-            seen = frames["opacity"] > 0.5 if "opacity" in frames else images.norm(dim=-1, keepdim=True) > 1e-6
-            colored = _depth_colors(images, seen) if name == "depth" else 0.5 * images + 0.5
+            seen = _seen(images, frames.get("opacity"))
+            if name == "depth":
+                colored = _depth_colors(images, depth_range or _depth_range(images, seen))
+            else:
+                colored = 0.5 * images + 0.5
             images = torch.where(seen, colored, 1.0)
         pictures[name] = images.expand(*images.shape[:3], 3).nan_to_num(0.0).clamp(0.0, 1.0)
     return pictures
 
 
-def write_turntable(
-    frames: Mapping[str, Float[Tensor, "T H W C"]], path: str | os.PathLike[str], fps: int = 24
-) -> Path:
+@torch.no_grad()
+def compact(frames: Mapping[str, Float[Tensor, "T H W C"]]) -> dict[str, Images]:
+    """Turn what a renderer returns into what needs less memory and looks the same in a video or on a sheet.
+
+    All become pictures of a byte per channel, but ``depth``: its colours depend on the range of frames shown together.
+    It stays a distance, 0 where nothing is seen.
+    """
+    pictures = to_rgb({name: images for name, images in frames.items() if name != "depth"})
+    small: dict[str, Images] = {}
+    for name, images in frames.items():
+        if name == "depth":
+            small[name] = torch.where(_seen(images, frames.get("opacity")), images, 0.0).detach().float().cpu()
+        else:
+            small[name] = torch.from_numpy(_bytes(pictures[name]))
+    return small
+
+
+def write_turntable(frames: Mapping[str, Images], path: str | os.PathLike[str], fps: int = 24) -> Path:
     """Write a video whose frames show every entry of ``frames`` (see :func:`to_rgb`) side by side.
 
     H.264 in yuv420p, which every player and browser shows. Without a working ffmpeg a ``.gif`` is written instead,
@@ -58,7 +82,7 @@ def write_turntable(
         InputError: the file cannot be written.
     """
     path = Path(path)
-    pictures = _bytes(torch.cat(list(to_rgb(frames).values()), dim=2))
+    pictures = np.concatenate(list(_pictures(frames).values()), axis=2)
     # yuv420p stores colour at half the size, hence even sides.
     pictures = np.pad(pictures, [(0, 0), (0, pictures.shape[1] % 2), (0, pictures.shape[2] % 2), (0, 0)], mode="edge")
     problem = _ffmpeg_problem()
@@ -75,7 +99,7 @@ def write_turntable(
 
 
 def contact_sheet(
-    rows: Mapping[str, Float[Tensor, "N H W C"]],
+    rows: Mapping[str, Images],
     path: str | os.PathLike[str],
     columns: Sequence[str] | None = None,
     cell: int = 128,
@@ -90,13 +114,13 @@ def contact_sheet(
         InputError: the file cannot be written.
         ValueError: there are no images, or more views than labels.
     """
-    pictures = {name: [_resized(image, cell) for image in _bytes(images)] for name, images in to_rgb(rows).items()}
+    pictures = {name: [_resized(image, cell) for image in images] for name, images in _pictures(rows).items()}
     return _write_sheet(pictures, path, columns)
 
 
 def before_after_sheet(
     image: Float[Tensor, "H W C"],
-    views: Float[Tensor, "N H W 3"],
+    views: Images,
     path: str | os.PathLike[str],
     columns: Sequence[str] | None = None,
     cell: int = 192,
@@ -158,12 +182,40 @@ def _write_sheet(
     return Path(path)
 
 
-def _depth_colors(depth: Tensor, seen: Tensor) -> Tensor:
-    """Colours over the central 98% of the depths seen; a single stray ray must not flatten the picture."""
+def _pictures(frames: Mapping[str, Images]) -> dict[str, UInt8[np.ndarray, "T H W 3"]]:
+    """Pictures as bytes; frame by frame, since a video of floats would fill the memory."""
+    raw = {name: images.detach().float().cpu() for name, images in frames.items() if images.dtype != torch.uint8}
+    depth_range = _depth_range(raw["depth"], _seen(raw["depth"], raw.get("opacity"))) if "depth" in raw else None
+    pictures = {}
+    for name, images in frames.items():
+        if name not in raw:
+            pictures[name] = images.cpu().numpy()
+            continue
+        shown = {key: raw[key] for key in (name, "opacity") if key in raw}
+        parts = [
+            _bytes(to_rgb({key: value[i : i + 1] for key, value in shown.items()}, depth_range)[name])
+            for i in range(len(images))
+        ]
+        pictures[name] = np.concatenate(parts)
+    return pictures
+
+
+def _seen(images: Tensor, opacity: Tensor | None) -> Tensor:
+    """Where depths or normals show something."""
+    return opacity > 0.5 if opacity is not None else images.norm(dim=-1, keepdim=True) > 1e-6
+
+
+def _depth_range(depth: Tensor, seen: Tensor) -> tuple[float, float]:
+    """The central 98% of the depths seen; a single stray ray must not flatten the picture."""
     values = depth[seen]
     if len(values) == 0:
-        return torch.ones(*depth.shape[:3], 3)
+        return 0.0, 0.0
     near, far = np.quantile(values.numpy(), [0.01, 0.99])
+    return float(near), float(far)
+
+
+def _depth_colors(depth: Tensor, depth_range: tuple[float, float]) -> Tensor:
+    near, far = depth_range
     anchors = torch.tensor(_DEPTH_ANCHORS)
     place = ((depth - near) / max(far - near, 1e-6)).nan_to_num(0.0).clamp(0.0, 1.0) * (len(anchors) - 1)
     low = place.long().clamp(max=len(anchors) - 2).squeeze(-1)
@@ -175,7 +227,9 @@ def _resized(picture: UInt8[np.ndarray, "H W 3"], height: int) -> UInt8[np.ndarr
     return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.LANCZOS))
 
 
-def _bytes(images: Float[Tensor, "N H W 3"]) -> UInt8[np.ndarray, "N H W 3"]:
+def _bytes(images: Images) -> UInt8[np.ndarray, "N H W 3"]:
+    if images.dtype == torch.uint8:
+        return images.cpu().numpy()
     return (images.detach().float().cpu().nan_to_num(0.0).clamp(0.0, 1.0) * 255.0).round().to(torch.uint8).numpy()
 
 

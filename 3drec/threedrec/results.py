@@ -8,7 +8,7 @@ from torch import Tensor
 from threedrec import registry
 from threedrec.cameras import Cameras, turntable
 from threedrec.metrics import mask_iou, psnr, ssim
-from threedrec.report import before_after_sheet, contact_sheet, write_turntable
+from threedrec.report import before_after_sheet, compact, contact_sheet, write_turntable
 from threedrec.run import Run
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,8 @@ def test(run: Run) -> int:
     with run.reporter.stage("test", len(cameras)) as report:
         for start in range(0, len(cameras), config.eval_batch_size):
             batch = cameras[start : start + config.eval_batch_size]
-            parts.append({name: frame.cpu() for name, frame in run.scene.views(batch).items() if name in _ROWS})
+            rendered = run.scene.views(batch)
+            parts.append(compact({name: rendered[name] for name in _ROWS}))
             report.update(min(start + config.eval_batch_size, len(cameras)), {})
     frames = {name: torch.cat([part[name] for part in parts]) for name in _ROWS}
     write_turntable(frames, run.save_dir / "turntable.mp4")
@@ -49,7 +50,9 @@ def test(run: Run) -> int:
 def save_reference_metrics(run: Run) -> None:
     """Put PSNR, SSIM and mask IoU of the reference view into the metrics."""
     config = run.config.data.random_camera
-    view = run.support.resized(config.eval_height, config.eval_width).to("cpu")
+    # The photograph is square, whatever the evaluation views are.
+    side = min(config.eval_height, config.eval_width)
+    view = run.support.resized(side, side).to("cpu")
     rendered = {name: frames[0].cpu() for name, frames in run.scene.views(view.camera, normals=False).items()}
     rgb = rendered["rgb"]
     run.metrics.update(

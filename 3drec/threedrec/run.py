@@ -15,6 +15,7 @@ from threedrec.image import SupportView
 from threedrec.loggers import Reporter
 from threedrec.loop import LoopRunner
 from threedrec.metrics import MetricsFile
+from threedrec.optimizer import restore_optimizer
 from threedrec.scene import Scene
 from threedrec.warm_start import ViewSet, WarmStartConfig
 
@@ -86,7 +87,6 @@ class Run:
         return self.guidance
 
     def restore_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Bring ``optimizer`` and the gradient scale to where the checkpoint left them."""
+        """Bring ``optimizer`` to where the checkpoint left it."""
         if self.resumed is not None and self.resumed.optimizer:
-            optimizer.load_state_dict(self.resumed.optimizer)
-            self.fabric.strategy.precision.load_state_dict(self.resumed.extra.get("precision", {}))
+            restore_optimizer(optimizer, self.resumed.optimizer)

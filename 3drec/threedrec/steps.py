@@ -51,7 +51,7 @@ class Supervision:
     ray_noise: float = 0.0
     """See `SingleImageConfig.rays_noise_scale`."""
     ref_rays: int = 0
-    """See `Reconstruction.Config.ref_rays`."""
+    """See `SystemConfig.ref_rays`."""
 
     def reference(self, support: SupportView, step: int, generator: torch.Generator) -> StepResult:
         """The photograph's colour, mask, depth and normals against the scene's, and the surface's regularity.
@@ -82,10 +82,8 @@ class Supervision:
         ambient = self.ambient_ratio_min + (1.0 - self.ambient_ratio_min) * draw
         out = self._render(cameras, rays_o, rays_d, step, generator, shading=None, ambient_ratio=ambient)
         shape = rays_o.shape[:-1]
-        rgb = out.rgb.float().reshape(*shape, 3)
-        # A guidance has a precision of its own: ray embeddings of 2^14 periods do not survive half precision.
-        with torch.autocast(rgb.device.type, enabled=False):
-            judged = guidance(rgb, cameras, step, generator)
+        rgb = out.rgb.reshape(*shape, 3)
+        judged = guidance(rgb, cameras, step, generator)
         terms = {"sds": judged.loss, "sparsity": losses.sparsity_loss(out.opacity)}
         result = weigh(terms | self._regularity(out, shape, step), self.weights, step, "sds")
         result.terms |= {f"sds_{name}": value for name, value in judged.diagnostics.items()}
@@ -193,11 +191,15 @@ class ViewFit:
         white = torch.ones_like(rays_d)
         out = self.scene.renderer(rays_o, rays_d, shading="albedo", generator=generator, bg_color=white)
         count = len(at[0])
-        terms = self._view_terms(out.rgb[:count], out.opacity[:count], at, judged=progress > _JUDGED_FROM)
-        rgb, mask = self.support.rgb[None][ref], self.support.mask[None][ref]
-        error = _charbonnier(out.rgb[count:] - rgb).mean() + (out.opacity[count:] - mask).abs().mean()
-        # At first all views shape the object alike; a reference that outweighs them is painted onto fog before it.
-        terms["reference"] = error * min(1.0, 0.25 + progress)
+        terms: Terms = {}
+        # The mean over no rays is not a number: a part that got none has no term.
+        if count > 0:
+            terms |= self._view_terms(out.rgb[:count], out.opacity[:count], at, judged=progress > _JUDGED_FROM)
+        if n_reference > 0:
+            rgb, mask = self.support.rgb[None][ref], self.support.mask[None][ref]
+            error = losses.charbonnier(out.rgb[count:] - rgb).mean() + (out.opacity[count:] - mask).abs().mean()
+            # At first all views shape the object alike; a reference that outweighs them is painted onto fog before it.
+            terms["reference"] = error * min(1.0, 0.25 + progress)
         if progress > 0.5 and config.lambda_opaque > 0:
             terms["opaque"] = losses.opaque_loss(out.opacity)
         if config.lambda_normal_smooth > 0:
@@ -207,7 +209,7 @@ class ViewFit:
 
     def _view_terms(self, rgb: Tensor, opacity: Tensor, at: tuple[Tensor, Tensor, Tensor], judged: bool) -> Terms:
         """Colour and silhouette of sampled pixels ``at`` (view, y, x), weighted by how far each is believed."""
-        color_error = _charbonnier(rgb - self.views.rgb[at])
+        color_error = losses.charbonnier(rgb - self.views.rgb[at])
         mask_error = (opacity - self.views.mask[at]).abs()[:, 0]
         self.confidence.update(*at, color_error)
         weight = self.views.prior[at[0]]
@@ -226,8 +228,3 @@ class ViewFit:
             return out.opacity.sum() * 0.0
         normal = self.scene.geometry.normal(torch.cat([points, points + 0.02 * noise]))
         return (normal[: len(points)] - normal[len(points) :]).abs().mean()
-
-
-def _charbonnier(residual: Float[Tensor, "R C"]) -> Float[Tensor, " R"]:
-    """Mean over channels of sqrt(r² + 0.01²) - 0.01: |r| with a smooth foot (Charbonnier et al. 1994)."""
-    return ((residual.square() + 1e-4).sqrt() - 1e-2).mean(dim=-1)

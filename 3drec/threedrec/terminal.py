@@ -13,7 +13,10 @@ from threedrec.errors import InputError
 EXIT_OK, EXIT_BUG, EXIT_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
 
 _PACKAGES = ("threedrec", "nvsadapter_guidance")
-_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS}
+DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.ENAMETOOLONG}
+"""Failures to write or read that the user can mend."""
+
+_OUT_OF_MEMORY = "out of GPU memory: lower data.random_camera.batch_size or height, or take recipe=mini-gpu"
 
 
 def setup_logging(verbose: bool = False) -> None:
@@ -67,20 +70,26 @@ def guarded(command: Callable[[], None], debug: bool = False, resume_hint: str =
         if (error.name or "").split(".")[0] in _PACKAGES:
             return _bug()
         return _input_error(
-            f"the package '{error.name}' is not installed; run `make setup`, or pip install 3drec", debug
+            f"the package '{error.name}' is not installed; in the checkout run `make setup`, or pip install -e .", debug
         )
     except OSError as error:
-        if error.errno in _DISK_ERRORS:
+        if error.errno in DISK_ERRORS:
             return _input_error(f"{error.filename or 'output'}: {error.strerror}", debug)
         return _bug()
-    except Exception:  # noqa: BLE001 - the last line of defence
-        return _bug()
+    except Exception as error:  # noqa: BLE001 - the last line of defence
+        return _input_error(_OUT_OF_MEMORY, debug) if _out_of_gpu_memory(error) else _bug()
     return EXIT_OK
 
 
 def command_line(arguments: Sequence[str]) -> str:
-    """Return a command as a shell would take it."""
-    return shlex.join(os.fspath(argument) for argument in arguments)
+    """Return a command as a shell would take it; a script is started by ``python``, which ``sys.argv`` leaves out."""
+    words = [os.fspath(argument) for argument in arguments]
+    return shlex.join(["python", *words] if words and words[0].endswith(".py") else words)
+
+
+def _out_of_gpu_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")  # not imported for this: an error of torch's comes from a torch that is there
+    return torch is not None and isinstance(error, torch.cuda.OutOfMemoryError)
 
 
 def _input_error(message: str, debug: bool) -> int:

@@ -33,7 +33,7 @@ class AutoencoderTraining:
     """Of Muon, which trains the hidden kernels; it learns colour, a small part of the error, much sooner than Adam."""
     adam_lr: float = 2e-3
     kl_weight: float = 1e-5
-    """Weight of the mean KL divergence per latent value; at 1e-3 its noise drowns colour."""
+    """Weight of the mean KL divergence per latent value."""
     gradient_weight: float = 0.5
     """Weight of the error of image gradients, which keeps silhouettes sharp."""
     seed: int = 0
@@ -101,7 +101,7 @@ def train_autoencoder(vae: AutoencoderKL, banks: list[ViewBank], config: Autoenc
             elapsed = time.perf_counter() - start
         if step % 200 == 0:
             log.info("autoencoder step %d (%.0f s): loss %.4f", step, elapsed, loss.item())
-    vae.eval()
+    vae.to(memory_format=torch.contiguous_format).eval()
     return measure(vae, banks[0], generator) | {"steps": float(step), "seconds": elapsed}
 
 

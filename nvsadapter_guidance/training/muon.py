@@ -5,7 +5,7 @@ al. 2025 (arXiv 2502.16982, Eq. 4), so that one learning rate and one weight dec
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -16,18 +16,41 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalise(matrices: Float[Tensor, "batch rows cols"], steps: int = 5) -> Float[Tensor, "batch rows cols"]:
-    """Replace the singular values of each matrix by values near one (between about 0.7 and 1.2)."""
+    """Replace the singular values of each matrix by values near one (between about 0.7 and 1.2).
+
+    Fewer rows than columns make it cheap. Rows and columns of zeros stay zero and change nothing else.
+    """
     a, b, c = NEWTON_SCHULZ
-    dtype = torch.bfloat16 if matrices.is_cuda else torch.float32
-    x = matrices.to(dtype)
+    x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
     x = x / x.flatten(1).norm(dim=1).clamp_min(1e-7)[:, None, None]
-    transposed = x.shape[-2] > x.shape[-1]
-    if transposed:
-        x = x.mT
     for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if transposed else x).to(matrices.dtype)
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.to(matrices.dtype)
+
+
+def orthogonalise_all(updates: Sequence[Tensor]) -> list[Tensor]:
+    """Orthogonalise tensors of many shapes, read as ``(out, rest)`` matrices, in a few batches.
+
+    Launching kernels costs more than these products, so matrices of similar size share a batch, padded with zeros.
+    """
+    batches: dict[tuple[int, int], list[int]] = defaultdict(list)
+    matrices = [u.flatten(1) for u in updates]
+    matrices = [m if m.shape[0] <= m.shape[1] else m.mT for m in matrices]
+    for index, matrix in enumerate(matrices):
+        short, long = matrix.shape
+        batches[-(-short // 64) * 64, 1 << (long - 1).bit_length()].append(index)
+    results: list[Tensor] = [torch.empty(0)] * len(updates)
+    for (short, long), members in batches.items():
+        batch = matrices[0].new_zeros(len(members), short, long)
+        places = [batch[row, : matrices[i].shape[0], : matrices[i].shape[1]] for row, i in enumerate(members)]
+        torch._foreach_copy_(places, [matrices[i] for i in members])
+        solved = orthogonalise(batch)
+        for row, i in enumerate(members):
+            out = solved[row, : matrices[i].shape[0], : matrices[i].shape[1]]
+            rows, cols = updates[i].flatten(1).shape
+            results[i] = (out if rows <= cols else out.mT).reshape(updates[i].shape)
+    return results
 
 
 class Muon(torch.optim.Optimizer):
@@ -47,29 +70,22 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Apply one update; tensors of one shape are orthogonalised in one batch."""
+        """Apply one update."""
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
-            for p in group["params"]:
-                if p.grad is not None:
-                    by_shape[p.flatten(1).shape].append(p)
-            for (rows, cols), params in by_shape.items():
-                updates = torch.stack([self._nesterov(p, group["momentum"]).flatten(1) for p in params])
-                # 0.2 is the usual root-mean-square of an Adam update.
-                updates = orthogonalise(updates) * (0.2 * max(rows, cols) ** 0.5)
-                torch._foreach_mul_(params, 1.0 - group["lr"] * group["weight_decay"])
-                flat = [u.view_as(p) for u, p in zip(updates, params, strict=True)]
-                torch._foreach_add_(params, flat, alpha=-group["lr"])
-
-    def _nesterov(self, p: Tensor, momentum: float) -> Tensor:
-        grad = p.grad
-        if grad is None:
-            raise RuntimeError("a parameter lost its gradient")
-        state = self.state[p]
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(p)
-        state["momentum"].lerp_(grad, 1.0 - momentum)
-        return grad.lerp(state["momentum"], momentum)
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            for p in params:
+                if "momentum" not in self.state[p]:
+                    self.state[p]["momentum"] = torch.zeros_like(p)
+            gradients = [p.grad for p in params]
+            momenta = [self.state[p]["momentum"] for p in params]
+            torch._foreach_lerp_(momenta, gradients, 1.0 - group["momentum"])
+            updates = orthogonalise_all(torch._foreach_lerp(gradients, momenta, group["momentum"]))
+            # 0.2 is the usual root-mean-square of an Adam update.
+            sizes = [-0.2 * group["lr"] * max(p.flatten(1).shape) ** 0.5 for p in params]
+            torch._foreach_mul_(params, 1.0 - group["lr"] * group["weight_decay"])
+            torch._foreach_add_(params, torch._foreach_mul(updates, sizes))
 
 
 def split_parameters(module: torch.nn.Module, first_and_last: tuple[str, ...]) -> tuple[list[Tensor], list[Tensor]]:

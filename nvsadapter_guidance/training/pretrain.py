@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 FIRST_AND_LAST = ("conv_in", "conv_out", "time_embedding", "text_context", "patch_embedding", "position_embedding")
 """Parts of names of the parameters that AdamW trains although they are matrices."""
+MOST_DROPPED_IN_A_ROW = 50
+"""Steps without finite gradients after which a run gives up."""
 
 
 @dataclass
@@ -105,25 +107,19 @@ def _cameras(bank: ViewBank) -> tuple[Tensor, Tensor, Tensor]:
     return bank.azimuth, bank.elevation, bank.distance
 
 
-def settle_gradients(parameters: Sequence[Tensor]) -> Tensor:
-    """Average gradients over the processes of a distributed run, and drop them all if one is not finite.
+def settle_gradients(parameters: Sequence[Tensor]) -> bool:
+    """Average gradients over the processes of a distributed run; return whether all of them are finite.
 
-    One overflow would otherwise reach every weight through the norm that clips gradients. Without gradients a step goes
-    on along the momentum, which is harmless once and shows in the count of dropped steps.
-
-    Returns:
-        1 where the gradients were dropped, 0 otherwise; still on the device.
+    One overflow would reach every weight through the norm that clips gradients, so the caller leaves such a step out.
     """
     gradients = [p.grad for p in parameters if p.grad is not None]
     flat = torch.cat([g.flatten() for g in gradients])
     if dist.is_initialized():
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
-    finite = flat.isfinite().all()
-    flat = torch.where(finite, flat, torch.zeros_like(flat))
-    pieces = flat.split([g.numel() for g in gradients])
-    torch._foreach_copy_(gradients, [piece.view_as(g) for piece, g in zip(pieces, gradients, strict=True)])
-    return 1 - finite.long()
+        pieces = flat.split([g.numel() for g in gradients])
+        torch._foreach_copy_(gradients, [piece.view_as(g) for piece, g in zip(pieces, gradients, strict=True)])
+    return bool(flat.isfinite().all())
 
 
 def clock_of_first(seconds: float, device: torch.device) -> float:
@@ -208,13 +204,13 @@ class Pretrainer:
         self.loss = DiffusionLoss(model)
         self.compiled = torch.compile(self.loss, mode=config.compile_mode) if config.compile else self.loss
         self.step, self.elapsed = 0, 0.0
-        self.dropped = torch.zeros((), dtype=torch.long, device=model.device)
+        self.dropped = self.dropped_in_a_row = 0
         self.history: list[tuple[int, float, float]] = []
 
     def learning_rate_factor(self) -> float:
-        """Warm-up by steps since the run began, decay by the clock of the whole training."""
+        """Warm-up by steps, decay by the clock of the whole training."""
         remaining = 1.0 - self.elapsed / self.config.total_seconds
-        return min(1.0, (self.step + 1) / self.config.warmup_steps, max(remaining / self.config.decay, 0.0))
+        return min(1.0, self.step / self.config.warmup_steps, max(remaining / self.config.decay, 0.0))
 
     def draw(self) -> dict[str, Tensor]:
         """Draw one batch from all banks."""
@@ -242,17 +238,26 @@ class Pretrainer:
         for optimiser in self.optimisers:
             optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        self.dropped += settle_gradients(self.trained)
+        self.step += 1
+        if not settle_gradients(self.trained):
+            self._drop_step()
+            return loss.detach()
+        self.dropped_in_a_row = 0
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         factor = self.learning_rate_factor()
         for optimiser, base in zip(self.optimisers, (self.config.lr, self.config.adam_lr), strict=True):
             for group in optimiser.param_groups:
                 group["lr"] = base * factor
             optimiser.step()
-        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+        decay = min(self.config.ema_decay, self.step / (9 + self.step))
         torch._foreach_lerp_(self.ema, [p.detach() for p in self.trained], 1.0 - decay)
-        self.step += 1
         return loss.detach()
+
+    def _drop_step(self) -> None:
+        self.dropped += 1
+        self.dropped_in_a_row += 1
+        if self.dropped_in_a_row >= MOST_DROPPED_IN_A_ROW:
+            raise RuntimeError(f"gradients were not finite {self.dropped_in_a_row} times in a row: lower lr")
 
     def run(self, seconds: float) -> None:
         """Train for ``seconds`` of wall clock (compilation is not counted)."""
@@ -267,7 +272,7 @@ class Pretrainer:
             if self.step % 250 == 0:
                 mean = float(torch.stack(losses).nanmean())
                 self.history.append((self.step, self.elapsed, mean))
-                log.info("step %d (%.0f s): loss %.4f, %d dropped", self.step, self.elapsed, mean, int(self.dropped))
+                log.info("step %d (%.0f s): loss %.4f, %d dropped", self.step, self.elapsed, mean, self.dropped)
                 losses.clear()
 
     def swap_average(self) -> None:

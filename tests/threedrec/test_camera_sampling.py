@@ -104,10 +104,15 @@ def test_lights_stay_at_their_distance_and_near_the_camera(strategy: str):
     assert cosine.min() >= {"dreamfusion": 0.85, "magic3d": 0.5 - 1e-4, "headlight": 1.0 - 1e-5}[strategy]
 
 
+def test_a_single_number_stands_for_all_stages():
+    config = RandomCameraConfig(height=[64, 128], width=[64, 128], batch_size=4, resolution_milestones=[5])
+    assert config.sizes() == ([64, 128], [64, 128], [4, 4])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"height": [64, 128]}, "one length"),
+        ({"height": [64, 128], "width": [64, 128, 256], "resolution_milestones": [5, 9]}, "one length"),
         ({"height": [8, 8], "width": [8, 8], "batch_size": [1, 1]}, "resolution_milestones"),
         ({"light_sample_strategy": "sun"}, "light_sample_strategy"),
         ({"elevation_range": (50.0, 10.0)}, "elevation_range"),

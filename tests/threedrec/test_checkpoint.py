@@ -62,6 +62,18 @@ def test_a_pickle_that_calls_code_is_refused(tmp_path):
         load_checkpoint(tmp_path / "trap.ckpt")
 
 
+def test_the_key_that_names_a_checkpoint_is_blamed(tmp_path):
+    with pytest.raises(
+        InputError, match=r"^system\.weights: .*no such checkpoint; give a file from a run's ckpts folder$"
+    ):
+        load_checkpoint(tmp_path / "none.ckpt", key="system.weights")
+    (tmp_path / "bad.ckpt").write_bytes(b"x")
+    with pytest.raises(InputError, match=r"^system\.weights: .*damaged"):
+        load_checkpoint(tmp_path / "bad.ckpt", key="system.weights")
+    with pytest.raises(InputError, match=r"^system\.weights: x\.ckpt: "):
+        load_model(torch.nn.Linear(3, 1), some_checkpoint(), "x.ckpt", "system.weights")
+
+
 def test_weights_that_are_not_finite_are_refused(tmp_path):
     save_checkpoint(tmp_path / "nan.ckpt", some_checkpoint(value=float("nan")))
     with pytest.raises(InputError, match=r"nan\.ckpt: `weight` holds values that are not finite"):

@@ -4,11 +4,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from threedrec import cli, registry
 from threedrec.config import load_config
 from threedrec.errors import InputError
+from threedrec.loop import DivergenceError
 from threedrec.reconstruct import Reconstruction
 
 MODES = ("train", "validate", "test", "export")
@@ -92,6 +94,47 @@ def test_a_resumed_run_says_what_has_changed(launch, caplog, monkeypatch):
     assert (run_dir / "cmd.txt").read_text().count("\n") == 3
 
 
+def test_the_dumped_config_of_any_run_can_be_repeated(launch):
+    assert launch("trainer.max_steps=3")[0] == 0
+    run_dir = one_call()[2]
+    (run_dir / "ckpts").mkdir()
+    (run_dir / "ckpts" / "last.ckpt").write_bytes(b"x")
+    parsed = str(run_dir / "configs" / "parsed.yaml")
+    assert launch("trainer.max_steps=3", "resume=auto")[0] == 0
+    assert launch(config=parsed)[0] == 0
+    again = Recording.calls[-1]
+    assert again[2] != run_dir and again[1].resume is None and again[1].trainer.max_steps == 3
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_dumped_config_leads_to_its_run(image, tmp_path, mode):
+    output = tmp_path / "out"
+    assert cli.main(["run", str(image), "-o", str(output), "--gpu", "cpu", "--recipe", "mini-cpu"]) == 0
+    (output / "ckpts").mkdir()
+    (output / "ckpts" / "last.ckpt").write_bytes(b"x")
+    parsed = str(output / "configs" / "parsed.yaml")
+    auto = ["resume=auto"] if mode == "train" else []
+    assert cli.launch_main(["--config", parsed, f"--{mode}", "--gpu", "cpu", *auto]) == 0
+    assert Recording.calls[-1][2] == output and Recording.calls[-1][1].resume == str(output / "ckpts" / "last.ckpt")
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(image, tmp_path):
+    arguments = ["run", str(image), "-o", str(tmp_path / "out"), "--gpu", "cpu", "--recipe", "mini-cpu"]
+    assert cli.main(arguments) == 0
+    assert cli.main([*arguments, "resume=auto"]) == 0
+    assert Recording.calls[-1][1].resume is None and Recording.calls[-1][2] == tmp_path / "out"
+
+
+def test_a_script_is_repeated_through_python(launch, monkeypatch):
+    monkeypatch.setattr(Recording, "failure", KeyboardInterrupt())
+    monkeypatch.setattr("sys.argv", ["launch.py", "--train", "resume=old.ckpt", "tag=a b"])
+    code, (line,) = launch()
+    assert code == 130 and line.endswith("go on with: python launch.py --train 'tag=a b' resume=auto")
+    assert (one_call()[2] / "cmd.txt").read_text() == "python launch.py --train resume=old.ckpt 'tag=a b'\n"
+    monkeypatch.setattr("sys.argv", ["/usr/bin/3drec", "run"])
+    assert launch()[1][0].endswith("go on with: /usr/bin/3drec run resume=auto")
+
+
 @pytest.mark.parametrize("mode", MODES[1:])
 def test_other_modes_go_on_from_the_newest_run(launch, mode):
     assert launch()[0] == 0
@@ -118,6 +161,8 @@ def test_options_and_overrides_mix(image, tmp_path):
         (["trainer.max_steps=x"], "trainer.max_steps: expected a whole number"),
         (["data.image_path=no/such.png"], "data.image_path: no/such.png: no such file"),
         (["data.image_path="], "data.image_path"),
+        ([f"data.image_path={'x' * 300}.png"], "x.png: no such file"),
+        ([f"trial_dir={'x' * 300}"], "the name is too long"),
         (["data.image_path=/tmp"], "data.image_path: /tmp: is a folder"),
         (["system.guidance_type=sd"], "system.guidance_type: unknown guidance 'sd'"),
         (["resume=no/such.ckpt"], "resume: no/such.ckpt: no such checkpoint"),
@@ -153,9 +198,12 @@ def test_missing_options(capsys):
     ("failure", "code", "words"),
     [
         (InputError("photo.png: no foreground"), 2, "error: photo.png: no foreground"),
+        (DivergenceError("stage fine, step 3: the loss is not finite"), 2, "error: stage fine, step 3: the loss"),
         (KeyboardInterrupt(), 130, "resume=auto"),
         (RuntimeError("surprise"), 1, "fault of the program"),
         (OSError(errno.ENOSPC, "No space left on device", "/data/x.png"), 2, "error: /data/x.png: No space left"),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "my_chair@"),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory"), 2, "error: out of GPU memory: lower data.random_camera"),
         (ModuleNotFoundError("No module named 'xatlas'", name="xatlas"), 2, "'xatlas' is not installed"),
     ],
 )

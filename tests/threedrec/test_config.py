@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 
 from threedrec import registry
 from threedrec.config import dump_config, load_config
-from threedrec.config_resolvers import RESOLVERS, register_resolvers
+from threedrec.config_resolvers import register_resolvers
 from threedrec.errors import InputError
 from threedrec.lookup import configs_dir
 from threedrec.recipes import choose_recipe, recipe_names
@@ -343,19 +343,6 @@ def test_missing_file_and_folder(tmp_path):
     assert "is a folder" in problem(tmp_path)
 
 
-def test_text_is_taken_letter_by_letter(small):
-    for text in ("1.png", "a: b.png", "[x].png", "{y}.png", "yes", "#1.png", "a=b.png"):
-        assert load_config(small, [f"data.image_path={text}"]).data.image_path == text
-    assert load_config(small, ["tag=007"]).tag == "007"
-    assert load_config(small, ["resume=null"]).resume is None
-    odd = "${odd} name.png"
-    assert load_config(small, values={"data": {"image_path": odd}}).data.image_path == odd
-
-
-def test_interpolation_sees_defaults_and_overrides(small):
-    assert load_config(small, ["tag=${data.image_path}_${trainer.max_steps}", "trainer.max_steps=9"]).tag == "a.png_9"
-
-
 def test_a_component_brings_its_own_keys(small, tmp_path):
     config = load_config(small, ["system.background_type=neural-environment-map-background"])
     expected = registry.config_class("background", "neural-environment-map-background")
@@ -372,9 +359,12 @@ def test_ignored_keys_warn_only_when_they_say_something(small, released, caplog)
     with caplog.at_level(logging.WARNING):
         load_config(released)
         assert not caplog.records
-        load_config(small, ["system.loggers.wandb.enable=true", "system.prompt_processor.prompt=a chair"])
+        load_config(
+            small, ["system.loggers.wandb.enable=true", "system.prompt_processor.prompt=a chair", "description=x"]
+        )
     assert "system.loggers.wandb.enable is ignored" in caplog.text
     assert "system.prompt_processor.prompt is ignored" in caplog.text
+    assert "description is ignored" in caplog.text
 
 
 def test_paths_are_looked_up_from_the_root_of_the_repository(repository, monkeypatch):
@@ -382,51 +372,3 @@ def test_paths_are_looked_up_from_the_root_of_the_repository(repository, monkeyp
     # Any file that stands in the root alone will do for an image.
     config = load_config("configs/nvsadapter.yaml", ["recipe=none", "data.image_path=./constraints.txt"])
     assert Path(config.data.image_path) == repository / "constraints.txt"
-
-
-@pytest.mark.parametrize(
-    ("expression", "expected"),
-    [
-        ("${add:2,3}", 5),
-        ("${sub:2,3}", -1),
-        ("${mul:2,3.5}", 7.0),
-        ("${div:7,2}", 3.5),
-        ("${idiv:7,2}", 3),
-        ("${basename:a/b c.png}", "b c.png"),
-        ("${stem:a/b c.png}", "b c"),
-        ("${rmspace:${basename:a/b c d.png},_}", "b_c_d.png"),
-        ("${tuple2:3}", [3.0, 3.0]),
-        ("${gt0:0}", False),
-        ("${gt0:0.1}", True),
-        ("${cmaxgt0:0}", False),
-        ("${cmaxgt0:[0,0,0.05,100]}", True),
-        ("${cmaxgt0:[0,0.0,100]}", False),
-        ("${cmaxgt0:[0,0,0,10,3,20]}", True),
-        ("${cmaxgt0orcmaxgt0:0,[0,1,0,5]}", True),
-        ("${cmaxgt0orcmaxgt0:0,0}", False),
-        ("${not:true}", False),
-        ("${calc_exp_lr_decay_rate:0.01,2}", 0.1),
-    ],
-)
-def test_resolvers(expression, expected):
-    register_resolvers()
-    value = OmegaConf.to_container(OmegaConf.create({"x": expression}), resolve=True)["x"]
-    assert value == (pytest.approx(expected) if isinstance(expected, float) else expected)
-
-
-def test_every_resolver_of_threestudio_is_there():
-    assert set(RESOLVERS) >= {
-        "calc_exp_lr_decay_rate",
-        "add",
-        "sub",
-        "mul",
-        "div",
-        "idiv",
-        "basename",
-        "rmspace",
-        "tuple2",
-        "gt0",
-        "cmaxgt0",
-        "not",
-        "cmaxgt0orcmaxgt0",
-    }

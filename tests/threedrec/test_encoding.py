@@ -1,9 +1,12 @@
 """The hash encoding against its definition, finite differences and hand-computed tables; the other encodings too."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+from threedrec.checkpoint import Checkpoint, load_checkpoint, load_model, save_checkpoint
 from threedrec.errors import InputError
 from threedrec.field.encoding import EncodingConfig, build_encoding
 from threedrec.field.hashgrid import (
@@ -143,6 +146,38 @@ def test_frequency_window_opens_band_by_band():
     values = encoding(torch.full((1, 3), 0.4)).view(2, 2, 3)
     torch.testing.assert_close(values[0, 0], torch.full((3,), 0.4).sin())
     assert values[1].abs().max() == 0
+
+
+@pytest.mark.parametrize("jacobian", [False, True])
+def test_closed_levels_have_no_gradient(jacobian: bool, monkeypatch: pytest.MonkeyPatch):
+    # Fresh memory is often zero by chance; here it never is.
+    monkeypatch.setattr(torch, "empty_like", lambda like: torch.full_like(like, 1e9))
+    x, rows = points(), table().requires_grad_(True)
+    open_levels = LEVELS[:2]
+    outputs = encode_with_jacobian(x, rows, open_levels) if jacobian else (encode(x, rows, open_levels),)
+    (gradient,) = torch.autograd.grad(sum(output.sum() for output in outputs), rows)
+    assert (gradient[LEVELS[2].start :] == 0).all()
+    assert (gradient[: LEVELS[2].start] != 0).any()
+
+
+@pytest.mark.parametrize("include_xyz", [False, True])
+@pytest.mark.parametrize("otype", ["HashGrid", "ProgressiveBandHashGrid", "Frequency", "ProgressiveBandFrequency"])
+def test_a_saved_encoding_opens_as_far_as_it_was(otype: str, include_xyz: bool, tmp_path: Path):
+    config = EncodingConfig(
+        otype=otype,
+        include_xyz=include_xyz,
+        n_levels=6,
+        log2_hashmap_size=8,
+        start_level=2,
+        update_steps=10,
+        n_masking_step=60,
+    )
+    written, read = build_encoding(config), build_encoding(config)
+    written.update(25)
+    save_checkpoint(tmp_path / "a.ckpt", Checkpoint("fine", 25, model=written.state_dict()))
+    load_model(read, load_checkpoint(tmp_path / "a.ckpt"), "a.ckpt")
+    x = points().float()
+    assert torch.equal(read(x), written(x))
 
 
 def test_spherical_harmonics_are_orthonormal():

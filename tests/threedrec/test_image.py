@@ -191,9 +191,9 @@ def test_released_defaults():
 
 
 def test_sizes_follow_the_milestones():
-    config = SingleImageConfig(height=[128, 128, 512], width=[128, 160, 512], resolution_milestones=[2000, 5000])
+    config = SingleImageConfig(height=[128, 160, 512], width=[128, 160, 512], resolution_milestones=[2000, 5000])
     sizes = [config.size_at(step) for step in (0, 1999, 2000, 4999, 5000, 9000)]
-    assert sizes == [(128, 128), (128, 128), (128, 160), (128, 160), (512, 512), (512, 512)]
+    assert sizes == [(128, 128), (128, 128), (160, 160), (160, 160), (512, 512), (512, 512)]
     assert SingleImageConfig().size_at(10**6) == (96, 96)
 
 
@@ -201,6 +201,8 @@ def test_sizes_follow_the_milestones():
     "keys, message",
     [
         ({"height": [64, 128], "width": [64], "resolution_milestones": [10]}, "width"),
+        ({"height": 64, "width": 96}, "^height: 64 beside a width of 96; .* square"),
+        ({"height": [64, 128], "width": [64, 96], "resolution_milestones": [10]}, "^height: "),
         ({"height": [64, 128], "width": [64, 128]}, "resolution_milestones"),
         ({"height": [1, 2, 3], "width": [1, 2, 3], "resolution_milestones": [9, 3]}, "must not decrease"),
     ],

@@ -80,6 +80,43 @@ def test_resume_auto_takes_the_newest_run_of_the_tag_that_has_a_checkpoint(confi
     assert config.resume == str(newest) and config.timestamp == "@20260102-120000"
 
 
+def begin(run: Path) -> Path:
+    """Make what a run leaves that is killed before its first checkpoint."""
+    (run / "configs").mkdir(parents=True)
+    (run / "configs" / "parsed.yaml").write_text("{}")
+    return run
+
+
+def test_resume_auto_begins_the_newest_run_again_when_it_was_killed_early(config, tmp_path):
+    root = tmp_path / "outputs" / "chair"
+    older = checkpoint(root / "blue@20260101-120000")
+    newest = begin(root / "blue@20260102-120000")
+    (root / "blue@20260103-120000").mkdir()
+    config.resume = "auto"
+    assert open_run(config, "train") == newest
+    assert config.resume is None and config.timestamp == "@20260102-120000" and config.trial_dir == str(newest)
+    # There is nothing in it to look at.
+    config.resume, config.trial_dir = "auto", None
+    assert open_run(config, "export") == root / "blue@20260101-120000" and config.resume == str(older)
+
+
+def test_resume_auto_begins_a_named_folder_again(config, tmp_path):
+    config.trial_dir, config.resume = str(begin(tmp_path / "mine")), "auto"
+    assert open_run(config, "train") == tmp_path / "mine" and config.resume is None
+
+
+def test_without_timestamp_a_folder_is_used_once(config, tmp_path):
+    config.use_timestamp = False
+    run = open_run(config, "train")
+    assert run == tmp_path / "outputs" / "chair" / "blue"
+    begin(run)
+    config.trial_dir = None
+    with pytest.raises(InputError, match="holds a run already; add resume=auto"):
+        open_run(config, "train")
+    config.resume = "auto"
+    assert open_run(config, "train") == run
+
+
 def test_resume_auto_with_nothing_to_resume_starts_afresh(config, caplog):
     config.resume = "auto"
     with caplog.at_level(logging.INFO):
@@ -103,7 +140,9 @@ def test_resume_from_a_file_goes_on_in_its_folder(config, tmp_path):
     assert open_run(config, "train") == tmp_path / "elsewhere"
 
 
-@pytest.mark.parametrize(("name", "words"), [("no.ckpt", "no such checkpoint"), (".", "is a folder")])
+@pytest.mark.parametrize(
+    ("name", "words"), [("no.ckpt", "no such checkpoint"), ("x" * 300, "no such"), (".", "is a folder")]
+)
 def test_resume_from_what_is_no_file(config, tmp_path, name, words):
     config.resume = str(tmp_path / name)
     with pytest.raises(InputError, match=words):
@@ -113,8 +152,7 @@ def test_resume_from_what_is_no_file(config, tmp_path, name, words):
 def test_a_named_folder_is_used_once(config, tmp_path):
     config.trial_dir = str(tmp_path / "mine")
     assert open_run(config, "train") == tmp_path / "mine"
-    (tmp_path / "mine" / "configs").mkdir()
-    (tmp_path / "mine" / "configs" / "parsed.yaml").write_text("{}")
+    begin(tmp_path / "mine")
     with pytest.raises(InputError, match="holds a run already; add resume=auto"):
         open_run(config, "train")
     file = checkpoint(tmp_path / "mine")

@@ -96,22 +96,16 @@ def test_sparsity_and_opacity_entropy():
     assert losses.opaque_loss(column(0.0, 1.0)).item() == pytest.approx(edge, rel=1e-4)
 
 
-def test_robust_colour_is_quadratic_near_and_linear_far():
-    near = losses.robust_rgb_loss(torch.tensor([[1e-3, 0.0, 0.0]]), torch.zeros(1, 3), scale=0.1)
-    assert near.item() == pytest.approx(0.5e-6, rel=1e-2)
-    by_hand = 0.01 * (math.sqrt(1 + 1 / 0.01) - 1)
-    far = losses.robust_rgb_loss(torch.tensor([[1.0, 0.0, 0.0]]), torch.zeros(1, 3), scale=0.1)
-    assert far.item() == pytest.approx(by_hand, rel=1e-5)
-    assert far.item() < losses.rgb_loss(torch.tensor([[1.0, 0.0, 0.0]]), torch.zeros(1, 3)).item()
+def test_charbonnier_is_quadratic_near_and_linear_far():
+    near, far = losses.charbonnier(torch.tensor([[1e-4], [1.0]])).tolist()
+    assert near == pytest.approx(0.5 * 1e-8 / 1e-2, abs=2e-8)  # r² / (2 · 0.01), to float32's digits
+    assert far == pytest.approx(1.0 - 1e-2, abs=1e-4)
 
 
-def test_confidence_weighs_rays_and_zero_silences_them():
-    rgb = torch.tensor([[0.1, 0.0, 0.0], [0.9, 0.0, 0.0]])
-    alone = losses.robust_rgb_loss(rgb[:1], torch.zeros(1, 3))
-    silenced = losses.robust_rgb_loss(rgb, torch.zeros(2, 3), confidence=column(1.0, 0.0))
-    torch.testing.assert_close(silenced, alone)
-    even = losses.robust_rgb_loss(rgb, torch.zeros(2, 3), confidence=column(3.0, 3.0))
-    torch.testing.assert_close(even, losses.robust_rgb_loss(rgb, torch.zeros(2, 3)))
+def test_charbonnier_is_a_mean_over_channels_and_forgets_the_sign():
+    residual = torch.tensor([[0.1, -0.2, 0.3]])
+    expected = losses.charbonnier(residual.abs().T).mean()
+    torch.testing.assert_close(losses.charbonnier(residual)[0], expected)
 
 
 def test_weights_default_to_the_released_recipe():

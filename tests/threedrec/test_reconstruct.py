@@ -1,6 +1,9 @@
 """A whole reconstruction, tiny, from image to mesh."""
 
 import json
+import logging
+import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,11 @@ import torch
 import trimesh
 from tiny_run import Reconstruction, tiny_config, write_inputs
 
+from threedrec.errors import InputError
+from threedrec.image import load_support_view
+from threedrec.imagined_views import sample_views
 from threedrec.loop import DivergenceError
+from threedrec.results import save_reference_metrics
 
 STAGES = ["prepare", "views", "fit", "coarse", "fine", "test", "mesh"]
 
@@ -99,6 +106,116 @@ def test_evaluation_modes_read_the_checkpoint(finished, tmp_path):
     assert (save / "model.ply").read_bytes() == (finished / "save" / "model.ply").read_bytes()
 
 
+@pytest.mark.parametrize(
+    "encoding",
+    [
+        "{otype: ProgressiveBandHashGrid, n_levels: 4, log2_hashmap_size: 10, base_resolution: 4, start_level: 1,"
+        " update_steps: 2}",
+        "{otype: ProgressiveBandFrequency, n_frequencies: 4, n_masking_step: 8}",
+    ],
+)
+def test_a_progressive_field_is_exported_as_it_was_left(tmp_path, encoding):
+    overrides = (f"system.geometry.pos_encoding_config={encoding}", "trainer.max_steps=6")
+    config = write_inputs(tmp_path)
+    Reconstruction(tiny_config(config, *overrides), tmp_path / "run", "cpu").train()
+    resume = f"resume={tmp_path / 'run' / 'ckpts' / 'last.ckpt'}"
+    Reconstruction(tiny_config(config, *overrides, resume), tmp_path / "again", "cpu").export()
+    meshes = [(tmp_path / run / "save" / "model.ply").read_bytes() for run in ("run", "again")]
+    assert meshes[0] == meshes[1]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed", "bf16-mixed"])
+def test_the_field_computes_in_float32_and_says_so(tmp_path, caplog, precision):
+    config = tiny_config(write_inputs(tmp_path), f"trainer.precision={precision}")
+    with caplog.at_level(logging.INFO, "threedrec.reconstruct"):
+        run = Reconstruction(config, tmp_path / "run", "cpu")._open()
+    assert run.fabric.strategy.precision.precision == "32-true"
+    told = [message for message in caplog.messages if "the field computes in float32" in message]
+    assert len(told) == (precision != "32-true")
+
+
+def test_numbers_of_a_stage_are_written_before_it_counts_as_done(tmp_path, monkeypatch):
+    written = []
+
+    def save(keeper, checkpoint):
+        folder = tmp_path / "run"
+        metrics = json.loads((folder / "metrics.json").read_text())
+        logged = sum(len(file.read_text().splitlines()) - 1 for file in folder.glob("csv_logs/*/metrics.csv"))
+        written.append((checkpoint, metrics, logged))
+
+    monkeypatch.setattr("threedrec.checkpoint.CheckpointKeeper.save", save)
+    Reconstruction(tiny_config(write_inputs(tmp_path)), tmp_path / "run", "cpu").train()
+    assert written[-1][0].finished == STAGES[1:]
+    for checkpoint, metrics, _ in written:
+        assert {checkpoint.stage, *checkpoint.finished} <= set(metrics["stages"])
+        assert ("fit" in checkpoint.finished) <= ("fit_rgb" in metrics.get("losses", {}))
+    in_fit = [(checkpoint.step, logged) for checkpoint, _, logged in written if checkpoint.stage == "fit"]
+    assert len(in_fit) >= 3 and all(step == logged for step, logged in in_fit)
+
+
+def test_preparing_includes_reading_the_image(tmp_path, monkeypatch):
+    def slow(*arguments):
+        time.sleep(0.5)
+        return load_support_view(*arguments)
+
+    monkeypatch.setattr("threedrec.reconstruct.load_support_view", slow)
+    monkeypatch.setattr("threedrec.reconstruct.plan", lambda run: [])
+    Reconstruction(tiny_config(write_inputs(tmp_path)), tmp_path / "run", "cpu").train()
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["stages"]["prepare"]["seconds"] >= 0.5
+
+
+def test_a_refused_image_leaves_no_numbers(tmp_path):
+    config = tiny_config(write_inputs(tmp_path))
+    config.data.image_path = str(tmp_path / "none.png")
+    with pytest.raises(InputError):
+        Reconstruction(config, tmp_path / "run", "cpu").train()
+    assert not (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_views_that_are_not_square_compare_a_square_photograph(tmp_path, monkeypatch):
+    sizes = []
+
+    def measured(rendered, photograph):
+        sizes.append((rendered.shape, photograph.shape))
+        return 0.0
+
+    monkeypatch.setattr("threedrec.results.psnr", measured)
+    config = tiny_config(write_inputs(tmp_path), "data.random_camera.eval_width=40")
+    save_reference_metrics(Reconstruction(config, tmp_path / "run", "cpu")._open())
+    assert sizes == [((24, 24, 3), (24, 24, 3))]
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_fit_to_the_views_or_to_the_photograph_alone(tmp_path, share):
+    config = tiny_config(
+        write_inputs(tmp_path), f"system.guidance.warm_start.reference_share={share}", "trainer.max_steps=2"
+    )
+    Reconstruction(config, tmp_path / "run", "cpu").train()
+    losses = json.loads((tmp_path / "run" / "metrics.json").read_text())["losses"]
+    assert ("fit_reference" in losses, "fit_rgb" in losses) == (share > 0, share < 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "again"),
+    [
+        (None, False),
+        ("seed=1", True),
+        ("system.guidance.warm_start.guidance_scale=3.0", True),
+        ("system.guidance.warm_start.num_inference_steps=3", True),
+        ("system.guidance.warm_start.elevations=[0.0,20.0]", True),
+    ],
+)
+def test_views_are_sampled_again_only_when_the_config_asks_for_others(tmp_path, finished, caplog, change, again):
+    shutil.copytree(finished / "ckpts", tmp_path / "run" / "ckpts")
+    resume = f"resume={tmp_path / 'run' / 'ckpts' / 'last.ckpt'}"
+    config = tiny_config(write_inputs(tmp_path), resume, *([change] if change else []))
+    run = Reconstruction(config, tmp_path / "run", "cpu")._open()
+    sample_views(run)
+    assert ("views of another config" in caplog.text) is again
+    assert (run.guidance is not None) is again
+    assert (run.save_dir / "sampled-views.png").is_file()
+
+
 def test_the_same_seed_gives_the_same_mesh_and_another_seed_another(finished, tmp_path):
     meshes = []
     for seed in (0, 1):
@@ -117,7 +234,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         Reconstruction(config, tmp_path / "run", "cpu").train()
 
 
-def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("clip", ["null", "1.0"])
+@pytest.mark.parametrize("factor", ["inf", "nan"])
+def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, clip, factor):
     class Poison(torch.autograd.Function):
         @staticmethod
         def forward(ctx, value):
@@ -125,9 +244,11 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
 
         @staticmethod
         def backward(ctx, grad):
-            return grad * float("inf")
+            return grad * float(factor)
 
-    config = tiny_config(write_inputs(tmp_path), "system.guidance.warm_start.enabled=false")
+    config = tiny_config(
+        write_inputs(tmp_path), "system.guidance.warm_start.enabled=false", f"trainer.gradient_clip_val={clip}"
+    )
     mse = torch.nn.functional.mse_loss
     monkeypatch.setattr("threedrec.losses.functional.mse_loss", lambda a, b: Poison.apply(mse(a, b)))
     with pytest.raises(DivergenceError, match="gradient is not finite"):

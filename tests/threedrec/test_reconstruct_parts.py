@@ -18,7 +18,7 @@ from threedrec.distillation import turn
 from threedrec.errors import InputError
 from threedrec.loggers import Reporter
 from threedrec.losses import LossConfig
-from threedrec.optimizer import build_optimizer, scheduled_factor, set_learning_rate
+from threedrec.optimizer import build_optimizer, check_groups, restore_optimizer, scheduled_factor, set_learning_rate
 from threedrec.steps import _subgrid, weigh
 
 
@@ -46,6 +46,47 @@ def test_an_unknown_group_is_refused():
         InputError, match=r"optimizer\.params: no part is called 'geometri' .known: geometry, background"
     ):
         build_optimizer(two_parts(), OptimizerConfig(params=groups))
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ([], "names no part"),
+        ([""], "no part is called ''"),
+        (["geometry", "geometry.0"], "'geometry.0' is part of 'geometry'"),
+        (["material"], "'material' has nothing to train"),
+    ],
+)
+def test_groups_that_cannot_be_trained_are_refused_before_they_are_built(names, words):
+    geometry = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    scene = torch.nn.ModuleDict({"geometry": geometry, "geometry2": torch.nn.Linear(1, 1), "material": torch.nn.ReLU()})
+    with pytest.raises(InputError, match=words):
+        check_groups(scene, OptimizerConfig(params={name: ParameterGroupConfig() for name in names}))
+    groups = {name: ParameterGroupConfig() for name in ("geometry", "geometry2")}
+    check_groups(scene, OptimizerConfig(params=groups))
+
+
+def stepped(scene: torch.nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    optimizer = build_optimizer(scene, config)
+    sum(parameter.sum() for parameter in scene.parameters()).backward()
+    optimizer.step()
+    return optimizer
+
+
+def test_an_optimizer_is_restored_where_it_trained_the_same_parts():
+    names = ("geometry", "background")
+    config = OptimizerConfig(params={name: ParameterGroupConfig() for name in names})
+    state = stepped(two_parts(), config).state_dict()
+    restored = build_optimizer(two_parts(), config)
+    restore_optimizer(restored, state)
+    assert all(
+        torch.equal(restored.state_dict()["state"][index]["exp_avg"], saved["exp_avg"])
+        for index, saved in state["state"].items()
+    )
+    for others in (names[::-1], names[:1], None):
+        params = None if others is None else {name: ParameterGroupConfig() for name in others}
+        with pytest.raises(InputError, match="resume: the checkpoint's optimiser trained other parts"):
+            restore_optimizer(build_optimizer(two_parts(), OptimizerConfig(params=params)), state)
 
 
 def test_rates_follow_the_schedule_of_each_group():

@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 
 from threedrec.errors import InputError
-from threedrec.report import before_after_sheet, contact_sheet, preview_grid, to_rgb, write_turntable
+from threedrec.report import before_after_sheet, compact, contact_sheet, preview_grid, to_rgb, write_turntable
+
+CHANNELS = {"rgb": 3, "normal": 3, "depth": 1, "opacity": 1}
 
 
 def renders(frames: int = 4, size: int = 33) -> dict[str, torch.Tensor]:
@@ -63,6 +65,23 @@ def test_without_ffmpeg_a_gif_is_written_and_said(
     assert path == tmp_path / "turntable.gif" and "a .gif is written instead" in caplog.text
     with Image.open(path) as image:
         assert image.n_frames == 3 and image.size == (132, 34)
+
+
+def test_batches_kept_as_bytes_give_the_same_files(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    frames = {name: torch.rand(4, 20, 20, channels, generator=generator) for name, channels in CHANNELS.items()}
+    batches = [compact({name: value[i : i + 2] for name, value in frames.items()}) for i in (0, 2)]
+    small = {name: torch.cat([batch[name] for batch in batches]) for name in frames}
+    assert [str(value.dtype) for value in small.values()].count("torch.uint8") == 3
+    files = []
+    for kind, shown in (("float", frames), ("bytes", small)):
+        folder = tmp_path / kind
+        folder.mkdir()
+        write_turntable(shown, folder / "a.mp4")
+        contact_sheet(shown, folder / "b.png")
+        before_after_sheet(frames["rgb"][0], shown["rgb"], folder / "c.png")
+        files.append([file.read_bytes() for file in sorted(folder.iterdir())])
+    assert len(files[0]) == 3 and files[0] == files[1]
 
 
 def test_an_unwritable_video_is_named(tmp_path: Path) -> None:

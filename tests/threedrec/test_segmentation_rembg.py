@@ -115,7 +115,7 @@ def test_its_failure_falls_back_with_a_warning(fake_rembg, caplog, failure):
 def test_missing_rembg_is_silent_when_optional_and_named_when_asked_for(no_rembg, caplog):
     assert cut_out(picture(), "auto", "x.jpg")[30, 30, 3] == 1
     assert not caplog.records
-    with pytest.raises(InputError, match=r'rembg; pip install "3drec\[segment\]"'):
+    with pytest.raises(InputError, match=r"rembg; in the checkout: pip install -e '\.\[segment\]'"):
         cut_out(picture(), "rembg", "x.jpg")
 
 

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from threedrec.config_schema import limited
 from threedrec.errors import InputError
 from threedrec.field.hashgrid import build_levels, encode, encode_with_jacobian
 
@@ -31,7 +32,7 @@ class EncodingConfig:
     n_features_per_level: int = 2
     log2_hashmap_size: int = 19
     base_resolution: int = 16
-    per_level_scale: float = 1.447269237440378
+    per_level_scale: float = limited(1.447269237440378, ge=1)
     start_level: int = 4
     """ProgressiveBandHashGrid: levels open from the start, up to ``start_step``."""
     start_step: int = 0
@@ -62,11 +63,11 @@ class Encoding(nn.Module):
 
 
 class HashGrid(Encoding):
-    """Multiresolution hash grid; ``progressive`` opens its levels step by step, closed ones are zero."""
+    """Multiresolution hash grid."""
 
-    def __init__(self, config: EncodingConfig, progressive: bool) -> None:
+    def __init__(self, config: EncodingConfig) -> None:
         super().__init__()
-        self.config, self.progressive = config, progressive
+        self.config = config
         self.levels = build_levels(
             config.n_levels, config.base_resolution, config.per_level_scale, config.log2_hashmap_size
         )
@@ -75,8 +76,6 @@ class HashGrid(Encoding):
         # The paper's initialisation (section 4): small enough to start from the density bias alone.
         self.table = nn.Parameter(torch.empty(rows, config.n_features_per_level).uniform_(-1e-4, 1e-4))
         self.open_levels = config.n_levels
-        if progressive:
-            self.update(0)
 
     def forward(self, x: Float[Tensor, "N 3"]) -> Features:
         """Return the features of coordinates in [0, 1]."""
@@ -87,20 +86,35 @@ class HashGrid(Encoding):
         features, slopes = encode_with_jacobian(x, self.table, self.levels[: self.open_levels])
         return self._padded(features), self._padded(slopes)
 
-    def update(self, step: int) -> None:
-        """Set the state that belongs to an optimisation step."""
-        if not self.progressive:
-            return
-        config = self.config
-        opened = config.start_level + max(step - config.start_step, 0) // max(config.update_steps, 1)
-        self.open_levels = min(max(opened, 1), config.n_levels)
-
     def _padded(self, values: Tensor) -> Tensor:
         """Fill in zeros, along dimension 1, for the closed levels: leaving them out of the lookup saves their cost."""
         missing = self.n_output_dims - values.shape[1]
         if missing == 0:
             return values
         return torch.cat([values, values.new_zeros(len(values), missing, *values.shape[2:])], dim=1)
+
+
+class ProgressiveHashGrid(HashGrid):
+    """Hash grid that opens its levels step by step; closed ones are zero."""
+
+    def __init__(self, config: EncodingConfig) -> None:
+        super().__init__(config)
+        self.update(0)
+
+    def update(self, step: int) -> None:
+        """Set the state that belongs to an optimisation step."""
+        config = self.config
+        opened = config.start_level + max(step - config.start_step, 0) // max(config.update_steps, 1)
+        self.open_levels = min(max(opened, 1), config.n_levels)
+
+    def get_extra_state(self) -> Tensor:
+        """What a checkpoint keeps beside the table."""
+        # No buffer: that would live on the device, and every lookup would wait for it.
+        return torch.tensor(self.open_levels)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Open as many levels as the checkpoint had."""
+        self.open_levels = int(state)
 
 
 class Frequency(Encoding):
@@ -119,7 +133,8 @@ class Frequency(Encoding):
         self.n_output_dims = 6 * config.n_frequencies
         base = 1.0 if progressive else math.pi
         self.register_buffer("frequencies", base * 2.0 ** torch.arange(config.n_frequencies), persistent=False)
-        self.register_buffer("window", torch.ones(config.n_frequencies), persistent=False)
+        # A checkpoint is rendered with the bands that were open when it was written.
+        self.register_buffer("window", torch.ones(config.n_frequencies), persistent=progressive)
         self.update(0)
 
     def forward(self, x: Float[Tensor, "N 3"]) -> Features:
@@ -208,8 +223,8 @@ def build_encoding(config: EncodingConfig, key: str = "pos_encoding_config") -> 
         InputError: an unknown ``otype`` or an impossible size; the message starts with ``key``.
     """
     builders = {
-        "HashGrid": lambda: HashGrid(config, progressive=False),
-        "ProgressiveBandHashGrid": lambda: HashGrid(config, progressive=True),
+        "HashGrid": lambda: HashGrid(config),
+        "ProgressiveBandHashGrid": lambda: ProgressiveHashGrid(config),
         "Frequency": lambda: Frequency(config, progressive=False),
         "ProgressiveBandFrequency": lambda: Frequency(config, progressive=True),
         "SphericalHarmonics": lambda: SphericalHarmonics(config),

@@ -166,6 +166,8 @@ class _Encode(torch.autograd.Function):
                 block = grad[:, index * channels : (index + 1) * channels]
                 part = _scatter(block, level, saved[2 * index], saved[2 * index + 1])
                 grad_table[level.start : level.start + level.rows] = part.t()
+            # The caller may have left out the finest levels, whose rows come last.
+            grad_table[ctx.levels[-1].start + ctx.levels[-1].rows :] = 0.0
         if ctx.needs_input_grad[0]:
             grad_points = _grad_points(points, table, ctx.levels, grad_outputs)
         return grad_points, grad_table, None, None

@@ -3,7 +3,6 @@
 import itertools
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -39,13 +38,7 @@ class VanillaMLP(nn.Module):
         self.output = activation(config.output_activation, f"{key}.output_activation")
 
     def forward(self, x: Float[Tensor, "N In"]) -> Float[Tensor, "N Out"]:
-        """Return one row of outputs per row of inputs, in the precision of the weights even under autocast.
-
-        Half precision would cost densities their range and finite differences their digits.
-        """
-        with torch.autocast(x.device.type, enabled=False):
-            if x.dtype in (torch.float16, torch.bfloat16):
-                x = x.float()
-            for layer in self.layers[:-1]:
-                x = self.hidden(layer(x))
-            return self.output(self.layers[-1](x))
+        """Return one row of outputs per row of inputs."""
+        for layer in self.layers[:-1]:
+            x = self.hidden(layer(x))
+        return self.output(self.layers[-1](x))

@@ -8,12 +8,15 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from threedrec.config_schema import ignored
 from threedrec.errors import InputError
 from threedrec.field.activations import activation
 from threedrec.field.encoding import EncodingConfig, build_encoding
 from threedrec.field.mlp import MLPConfig, VanillaMLP
 
 NORMAL_TYPES = ("analytic", "finite_difference", "finite_difference_laplacian", "pred")
+
+_MESHING = "the mesh is made as system.exporter says"
 
 
 class FieldOutput(NamedTuple):
@@ -52,16 +55,15 @@ class ImplicitVolume(nn.Module):
         normal_type: str = "finite_difference"
         """"analytic", "finite_difference", "finite_difference_laplacian" (central) or "pred" (a third MLP)."""
         finite_difference_normal_eps: float = 0.01
-        isosurface: bool = True
-        isosurface_method: str = "mt"
-        isosurface_resolution: int = 128
-        isosurface_threshold: float | str = 25.0
-        """Density on the surface, or "auto"."""
-        isosurface_chunk: int = 0
-        isosurface_coarse_to_fine: bool = True
-        isosurface_deformable_grid: bool = False
-        isosurface_remove_outliers: bool = True
-        isosurface_outlier_n_faces_threshold: int | float = 0.01
+        isosurface: bool = ignored(True, _MESHING)
+        isosurface_method: str = ignored("mt", _MESHING)
+        isosurface_resolution: int = ignored(128, _MESHING)
+        isosurface_threshold: float | str = ignored(25.0, _MESHING, ("auto",))
+        isosurface_chunk: int = ignored(0, _MESHING)
+        isosurface_coarse_to_fine: bool = ignored(True, _MESHING)
+        isosurface_deformable_grid: bool = ignored(False, _MESHING)
+        isosurface_remove_outliers: bool = ignored(True, _MESHING)
+        isosurface_outlier_n_faces_threshold: int | float = ignored(0.01, _MESHING)
 
         def __post_init__(self) -> None:
             if self.normal_type not in NORMAL_TYPES:

@@ -12,6 +12,7 @@ from typing import Any, Dict, Union
 
 import torch
 
+from threedrec.config_schema import ignored
 from threedrec.errors import InputError
 from threedrec.files import atomic_folder
 from threedrec.mesh.bake import ColorFunction, bake_texture, colors_at
@@ -59,8 +60,7 @@ class MeshExporterConfig:
     """Fields of ``xatlas.ChartOptions``."""
     xatlas_pack_options: Dict[str, Any] = field(default_factory=dict)
     """Fields of ``xatlas.PackOptions``."""
-    context_type: str = "gl"
-    """Of threestudio's rasteriser; not used, since the texture is rasterised without one."""
+    context_type: str = ignored("gl", "the texture is rasterised without a graphics context")
     isosurface_resolution: int = 0
     """Voxels along the longest side of the object's box; 0 is 256 on a GPU and 160 on a CPU."""
     isosurface_threshold: Union[int, float, str] = "auto"

@@ -139,6 +139,7 @@ def peak_memory_gb(device: torch.device | str = "cpu") -> float:
 
 def _reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
+        torch.cuda.init()
         torch.cuda.reset_peak_memory_stats(device)
     try:
         Path("/proc/self/clear_refs").write_text("5")  # forgets the peak resident size, Linux

@@ -34,7 +34,7 @@ MIN_AGREEMENT = 0.6
 """Part of the border that must agree with the fit; the object may cover the rest."""
 HOW_TO_MASK = (
     "give an RGBA PNG with the background transparent, or a mask with data.mask_path=FILE,"
-    ' or install the background remover (pip install "3drec[segment]")'
+    " or install the background remover (in the checkout: pip install -e '.[segment]')"
 )
 """Ways to tell what the object is, for error messages."""
 

@@ -100,7 +100,7 @@ def _cut_out_rembg(rgb: Float[np.ndarray, "H W 3"], path: str, model: str) -> Fl
         if error.name != "rembg":
             raise InputError(f"{path}: rembg cannot be imported ({error}); install its missing part") from error
         raise _RembgMissingError(
-            f'{path}: data.segmentation=rembg needs the package rembg; pip install "3drec[segment]"'
+            f"{path}: data.segmentation=rembg needs the package rembg; in the checkout: pip install -e '.[segment]'"
         ) from error
     except (Exception, SystemExit) as error:  # rembg exits the process when onnxruntime is missing
         raise InputError(f"{path}: rembg cannot be imported ({_reason(error)}); reinstall it") from error

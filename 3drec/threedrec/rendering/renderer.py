@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from threedrec.cameras import Cameras
+from threedrec.config_schema import ignored, limited
 from threedrec.errors import InputError
 from threedrec.field.background import NeuralEnvironmentMap, SolidBackground
 from threedrec.field.volume import FieldOutput, ImplicitVolume
@@ -48,8 +49,6 @@ class RenderOutput(NamedTuple):
     """sum w t along the ray, as released: the distance times the opacity."""
     normal: Float[Tensor, "R 3"] | None
     """World, unit length, or 0 where nothing is seen."""
-    z_variance: Float[Tensor, "R 1"]
-    """sum w (t - depth)^2."""
     samples: Samples
 
     @property
@@ -76,7 +75,7 @@ class VolumeRenderer(nn.Module):
         """In training, move each ray's samples at random by up to a step."""
         near_plane: float = 0.0
         far_plane: float = 1e10
-        return_comp_normal: bool = False
+        return_comp_normal: bool = ignored(False, "normals are rendered whenever a loss asks for them", (True,))
         return_normal_perturb: bool = False
         estimator: str = "occgrid"
         grid_prune: bool = True
@@ -86,7 +85,7 @@ class VolumeRenderer(nn.Module):
         occupancy_interval: int = 16
         """Steps between updates of the grid."""
         occupancy_threshold: float = 0.01
-        occupancy_decay: float = 0.95
+        occupancy_decay: float = limited(0.95, ge=0, le=1)
         occupancy_warmup_steps: int = 256
 
         def __post_init__(self) -> None:
@@ -226,15 +225,17 @@ class VolumeRenderer(nn.Module):
 
         Args:
             cameras: B views; their lights are used by lit shadings.
-            chunk_rays: rays at a time; by default as many as keep the tables of one chunk near 100 MB.
+            chunk_rays: rays at a time; by default as many as keep the tables of one chunk near 100 MB on the CPU and
+                below 2 GB on CUDA, where small chunks leave the device waiting for the next kernel.
             shading, ambient_ratio: as in ``forward``.
             normals: also return "normal".
 
         Returns:
-            "rgb", "opacity", "depth", "z_variance" and "normal" (world, unit or 0), each (B, H, W, C).
+            "rgb", "opacity", "depth" and "normal" (world, unit or 0), each (B, H, W, C).
         """
         if chunk_rays is None:
-            chunk_rays = max(1024, 2**21 // self.config.num_samples_per_ray)
+            samples = 2**25 if next(self.parameters()).is_cuda else 2**21
+            chunk_rays = max(1024, samples // self.config.num_samples_per_ray)
         was_training = self.training
         self.eval()
         try:
@@ -262,7 +263,7 @@ class VolumeRenderer(nn.Module):
                 shading=shading,
                 normals=normals,
             )
-            for name in ("rgb", "opacity", "depth", "z_variance", *(["normal"] if normals else [])):
+            for name in ("rgb", "opacity", "depth", *(["normal"] if normals else [])):
                 parts.setdefault(name, []).append(getattr(output, name))
         return {name: torch.cat(values) for name, values in parts.items()}
 
@@ -284,8 +285,7 @@ def _composite(samples: Samples, colors: Float[Tensor, "N 3"], background: Float
     sums = accumulate(weights, torch.cat(columns, dim=-1), rays, n_rays)
     opacity, depth, rgb = sums[:, :1], sums[:, 1:2], sums[:, 2:5]
     normal = functional.normalize(sums[:, 5:8], dim=-1) if samples.normal is not None else None
-    z_variance = accumulate(weights, (samples.distances - depth[rays]).square(), rays, n_rays)
-    return RenderOutput(rgb + background * (1.0 - opacity), background, opacity, depth, normal, z_variance, samples)
+    return RenderOutput(rgb + background * (1.0 - opacity), background, opacity, depth, normal, samples)
 
 
 def _normal_like(points: Tensor, generator: torch.Generator | None) -> Tensor:
