@@ -27,12 +27,6 @@ def legacy_alphas_cumprod(
     return torch.cumprod(1.0 - betas, dim=0)
 
 
-def rescale_zero_terminal_snr(alphas_cumprod: Float[Tensor, "timesteps"]) -> Float[Tensor, "timesteps"]:
-    """Shift and scale sqrt(a) so that the last step is pure noise (Lin et al. 2023, algorithm 1); for v-prediction."""
-    roots = alphas_cumprod.sqrt()
-    return ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])) ** 2
-
-
 def shift_schedule(alphas_cumprod: Float[Tensor, "timesteps"], factor: float) -> Float[Tensor, "timesteps"]:
     """Multiply the signal-to-noise ratio by factor^2 (Hoogeboom et al. 2023, eq. 4); factor < 1 means more noise.
 
@@ -156,44 +150,6 @@ def euler_sample(
 ) -> Float[Tensor, "B *rest"]:
     """The last x of `euler_steps`."""
     *_, (samples, _) = euler_steps(denoise_fn, noise, sigmas)
-    return samples
-
-
-def ddim_steps(
-    predict_fn: Denoiser,
-    noise: Float[Tensor, "B *rest"],
-    timesteps: Int[Tensor, "steps"],
-    alphas_cumprod: Float[Tensor, "timesteps"],
-    prediction_type: PredictionType,
-) -> Iterator[Tuple[Tensor, Tensor]]:
-    """Deterministic DDIM (Song et al. 2021, eq. 12 with sigma 0), also from zero terminal SNR with v-prediction.
-
-    Args:
-        predict_fn: (variance-preserving x, timestep [B]) -> the network's prediction.
-        noise: the start, noisy latents at `timesteps[0]`; unit gaussian for the last training timestep.
-        timesteps: descending (`sampling_timesteps`); after the last of them the clean latents are returned.
-
-    Yields:
-        (x after the step, clean latents predicted at the step), one pair a step.
-    """
-    x = noise
-    following = torch.cat((timesteps[1:], timesteps.new_full((1,), -1)))
-    for timestep, target in zip(timesteps, following):
-        index = timestep.to(x.device).expand(x.shape[0])
-        clean, eps = split_prediction(predict_fn(x, index), x, index, alphas_cumprod, prediction_type)
-        x = clean if target < 0 else add_noise(clean, eps, target.to(x.device).expand(x.shape[0]), alphas_cumprod)
-        yield x, clean
-
-
-def ddim_sample(
-    predict_fn: Denoiser,
-    noise: Float[Tensor, "B *rest"],
-    timesteps: Int[Tensor, "steps"],
-    alphas_cumprod: Float[Tensor, "timesteps"],
-    prediction_type: PredictionType,
-) -> Float[Tensor, "B *rest"]:
-    """The last x of `ddim_steps`."""
-    *_, (samples, _) = ddim_steps(predict_fn, noise, timesteps, alphas_cumprod, prediction_type)
     return samples
 
 

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nvsadapter_guidance import diffusion
 from nvsadapter_guidance.errors import InputError
 from nvsadapter_guidance.model import NVSModel
 from nvsadapter_guidance.support_cache import SupportCache
@@ -112,7 +113,7 @@ def guided_prediction(
     if len(branches) == 1:
         return prediction
     unconditional, conditional = prediction.chunk(2)
-    return unconditional + guidance_scale * (conditional - unconditional)
+    return diffusion.guide(unconditional, conditional, guidance_scale)
 
 
 def view_groups(count: int, size: int, step: int) -> Int[Tensor, "groups size"]:

@@ -1,6 +1,7 @@
-"""Write the embedded model's card and contact sheet from what training left behind.
+r"""Write the embedded model's card and contact sheet from what training left behind.
 
-python scripts/mini_model_card.py outputs/mini --validation data/views/val.tar --train-index MESHES/index.json
+python scripts/mini_model_card.py outputs/mini/metrics.json outputs/mini/views.pt \
+    --validation data/views/val.tar --train-index MESHES/index.json
 """
 
 import argparse
@@ -25,12 +26,12 @@ TEMPLATE = """# 3drec-mini
 
 A small NVS-Adapter with its own UNet, autoencoder and image encoder, for 128-pixel views. It is made so that the whole
 toolkit runs anywhere without a download; it knows little of the world, and its views are what {parameters:.1f} M
-parameters and {minutes:.0f} GPU minutes buy.
+parameters and {gpu_minutes:.0f} GPU minutes buy.
 
 ![truth above, sampled views below, for eight objects never trained on](views.jpg)
 
 Odd rows: renderings of validation objects at azimuths 0, 45, ... 315 degrees, elevation 0. Even rows: views sampled
-from the first picture of the row above (classifier-free guidance 2, 20 steps).
+from the first picture of the row above (classifier-free guidance 2, {shown_steps} steps).
 
 ## Metrics
 
@@ -47,10 +48,14 @@ and 30; `python scripts/validate_mini.py --validation data/views/val.tar` prints
 
 ## Training
 
-{steps} steps of {batch} samples (1 support and 4 query views each), {minutes:.1f} minutes on one {gpu}, after
-{ae_seconds:.0f} seconds for the autoencoder ({ae_psnr:.1f} dB). Muon and AdamW, velocity prediction on a shifted cosine
-schedule whose last step is pure noise, average of the weights with decay {ema}. Weights are stored in eight bits.
-`scripts/render_training_views.py` and `scripts/train_mini.py` make it from the data below.
+{steps} steps of {samples} samples (1 support and 4 query views each), {minutes:.1f} minutes on {processes} x {device}
+(training alone), after an autoencoder that reproduces training images at {autoencoder_psnr:.1f} dB. Muon and AdamW,
+velocity prediction on a shifted cosine schedule whose last step is pure noise, average of the weights with decay {ema}.
+The UNet, the adapter and the image encoder are stored in eight bits.
+`scripts/render_training_views.py` and `scripts/train_mini.py` make it from the data below; the record of the run is in
+`benchmarks/results/`, what was tried in `docs/training-log.md`.
+
+{remarks}
 
 ## Data
 
@@ -87,32 +92,39 @@ def attribution(index: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Write ``README.md`` and ``views.jpg`` beside the weights."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="output folder of train_mini.py (metrics.json, views.pt)")
-    parser.add_argument("--validation", type=Path, required=True)
-    parser.add_argument("--train-index", type=Path, required=True)
+    parser.add_argument("metrics", type=Path, help="metrics.json of train_mini.py")
+    parser.add_argument("pictures", type=Path, help="views.pt of train_mini.py or --pictures of validate_mini.py")
+    parser.add_argument("--validation", type=Path, required=True, help="validation views (.tar)")
+    parser.add_argument("--train-index", type=Path, required=True, help="index.json of the training meshes")
+    parser.add_argument("--shown-steps", type=int, default=20, help="denoising steps of the pictures")
+    parser.add_argument("--remarks", default="", help="what else people should know")
     parser.add_argument("-o", "--output", type=Path, default=MINI_MODEL)
     arguments = parser.parse_args()
-    metrics = json.loads((arguments.run / "metrics.json").read_text())
+    metrics = json.loads(arguments.metrics.read_text())
     bank = load_tar(arguments.validation)
-    pictures = torch.load(arguments.run / "views.pt", weights_only=True)
+    pictures = torch.load(arguments.pictures, weights_only=True)
     chosen = list(range(0, len(pictures), max(len(pictures) // 8, 1)))[:8]
     sheet = contact_sheet(pictures, composite(bank.rgba[: len(pictures)].float() / 255), chosen)
     sheet.save(arguments.output / "views.jpg", quality=88)
     index = json.loads(arguments.train_index.read_text())
+    processes = metrics["processes"]
     card = TEMPLATE.format(
         **metrics["scores"],
         attribution=attribution(index),
         parameters=metrics["parameters"] / 1e6,
         minutes=metrics["seconds"] / 60,
+        gpu_minutes=metrics["seconds"] / 60 * processes,
+        processes=processes,
         steps=metrics["steps"],
-        batch=metrics["config"]["batch_size"],
+        samples=metrics["config"]["batch_size"] * processes,
         ema=metrics["config"]["ema_decay"],
-        gpu=metrics["device"],
-        ae_seconds=metrics["autoencoder"]["seconds"],
-        ae_psnr=metrics["autoencoder"]["psnr"],
+        device=metrics["device"],
+        autoencoder_psnr=metrics["autoencoder"]["psnr"],
         train_count=len(index),
         val_count=len(bank),
-        procedural=metrics["procedural"],
+        procedural=metrics["procedural"] * max(processes - 1, 1),
+        shown_steps=arguments.shown_steps,
+        remarks=arguments.remarks,
     )
     (arguments.output / "README.md").write_text(card)
 

@@ -24,11 +24,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="denoising steps")
     parser.add_argument("--guidance-scale", type=float, default=2.0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=int, help="only so many objects")
     parser.add_argument("--pictures", type=Path, help="where to keep the sampled views (.pt)")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = NVSModel.load(arguments.model).to(device)
     bank = load_tar(arguments.validation).to(device)
+    if arguments.limit:
+        bank = bank.first(arguments.limit)
     scores, pictures = validate_views(model, bank, arguments.steps, arguments.guidance_scale, arguments.seed)
     sys.stdout.write(json.dumps(dataclasses.asdict(scores), indent=1) + "\n")
     if arguments.pictures:

@@ -7,7 +7,6 @@ world frame: z up, azimuth counter-clockwise seen from above, degrees, looking a
 import io
 import json
 import tarfile
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,6 +42,11 @@ class ViewBank:
         tensors = (self.rgba, self.azimuth, self.elevation, self.distance)
         rgba, azimuth, elevation, distance = (tensor.to(device) for tensor in tensors)
         return replace(self, rgba=rgba, azimuth=azimuth, elevation=elevation, distance=distance)
+
+    def first(self, count: int) -> "ViewBank":
+        """The first ``count`` objects alone."""
+        tensors = {name: getattr(self, name)[:count] for name in ("rgba", "azimuth", "elevation", "distance")}
+        return replace(self, **tensors, names=self.names[:count])
 
     def save(self, path: Path) -> None:
         """Write the bank as safetensors; :meth:`load` reads it back."""
@@ -125,14 +129,6 @@ def _decode(content: bytes, camera: dict[str, object]) -> UInt8[np.ndarray, "v h
         raise ValueError("a camera file lacks its azimuths or its size")
     grid = np.asarray(Image.open(io.BytesIO(content)).convert("RGBA"))
     return untile(grid, len(azimuth), size)
-
-
-def concatenate(banks: Sequence[ViewBank]) -> ViewBank:
-    """One bank of the objects of several, cut to the smallest number of views among them (the first ones)."""
-    views = min(bank.rgba.shape[1] for bank in banks)
-    fields = ("rgba", "azimuth", "elevation", "distance")
-    tensors = {field: torch.cat([getattr(bank, field)[:, :views] for bank in banks]) for field in fields}
-    return ViewBank(**tensors, names=sum((bank.names for bank in banks), ()), fovy=banks[0].fovy)
 
 
 def sample_batch(

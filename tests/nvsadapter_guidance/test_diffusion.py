@@ -6,14 +6,12 @@ from torch import Tensor
 
 from nvsadapter_guidance.diffusion import (
     add_noise,
-    ddim_sample,
     denoise,
     draw_timesteps,
     euler_sample,
     guide,
     legacy_alphas_cumprod,
     quantise_sigma,
-    rescale_zero_terminal_snr,
     sampling_sigmas,
     sampling_timesteps,
     sds_gradient,
@@ -49,17 +47,9 @@ def test_sigma_table_ends() -> None:
     assert sampling_sigmas(ALPHAS, 5)[-1] == 0.0
 
 
-def test_zero_terminal_snr_keeps_the_first_step() -> None:
-    rescaled = rescale_zero_terminal_snr(ALPHAS)
-    assert rescaled[-1] == 0.0
-    assert rescaled[0].item() == pytest.approx(ALPHAS[0].item())
-    assert bool((rescaled.diff() < 0).all())
-
-
 def test_shift_multiplies_the_signal_to_noise_ratio() -> None:
     shifted = shift_schedule(ALPHAS, 0.5)
     torch.testing.assert_close(shifted / (1 - shifted), 0.25 * ALPHAS / (1 - ALPHAS))
-    assert shift_schedule(rescale_zero_terminal_snr(ALPHAS), 0.5)[-1] == 0.0
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
@@ -97,21 +87,7 @@ def test_samplers_reach_the_only_image_there_is() -> None:
         sampling_sigmas(ALPHAS, 4),
     )
     torch.testing.assert_close(reached, clean, atol=1e-4, rtol=0.0)
-    reached = ddim_sample(lambda x, t: exact_noise(x, t, clean), noise, sampling_timesteps(4), ALPHAS, "epsilon")
-    torch.testing.assert_close(reached, clean, atol=1e-4, rtol=0.0)
     assert torch.equal(noise, original)
-
-
-def test_velocity_sampling_starts_from_pure_noise() -> None:
-    alphas, clean = rescale_zero_terminal_snr(ALPHAS), draw(2, 3, 3)
-
-    def velocity(x: Tensor, index: Tensor) -> Tensor:
-        signal = alphas[index].float().reshape(-1, 1, 1)
-        eps = (x - signal.sqrt() * clean) / (1 - signal).sqrt()
-        return signal.sqrt() * eps - (1 - signal).sqrt() * clean
-
-    reached = ddim_sample(velocity, draw(2, 3, 3, seed=1), sampling_timesteps(3), alphas, "v_prediction")
-    torch.testing.assert_close(reached, clean, atol=1e-5, rtol=0.0)
 
 
 def test_weighted_error_of_latents_is_the_error_of_the_noise() -> None:

@@ -11,7 +11,6 @@ from nvsadapter_guidance.training.views import (
     ViewBank,
     ViewBatch,
     composite,
-    concatenate,
     load_tar,
     relative_azimuth,
     sample_batch,
@@ -99,9 +98,10 @@ def test_relative_azimuth_wraps():
     assert relative_azimuth(azimuth, support).tolist() == [-20.0, 20.0, -180.0, 0.0]
 
 
-def test_banks_join_at_the_smaller_number_of_views():
-    joined = concatenate([make_bank(2, 8), make_bank(1, 6)])
-    assert joined.rgba.shape[:2] == (3, 6) and joined.names == ("a", "b", "a")
+def test_the_first_objects_alone():
+    bank = make_bank(3, 6)
+    assert bank.first(2).names == bank.names[:2]
+    assert torch.equal(bank.first(2).rgba, bank.rgba[:2])
 
 
 def test_compositing_over_white():
