@@ -37,7 +37,7 @@ def test_every_image_loads_and_is_framed(repository, name):
     view = load_support_view(config, size=64)
     inside = view.mask[..., 0] > 0.5
     longer = max(int(inside.any(dim=axis).sum()) for axis in (0, 1))
-    assert longer == pytest.approx(0.7 * 64, abs=1.01)
+    assert longer == pytest.approx(config.fill * 64, abs=1.01)
     assert view.rgb.min() >= 0 and view.rgb.max() <= 1
     assert view.rgb[0].min() == 1  # white around
 
