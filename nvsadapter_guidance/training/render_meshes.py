@@ -66,7 +66,7 @@ class MeshRenderer:
         try:
             import vtk
         except ImportError as error:
-            raise InputError("rendering meshes needs VTK: pip install '3drec[render]'") from error
+            raise InputError("rendering meshes needs VTK: pip install -e '.[render]'") from error
         self._vtk = vtk
         self.size, self.supersample = size, supersample
         self._renderer = vtk.vtkRenderer()
