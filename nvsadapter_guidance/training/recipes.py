@@ -9,6 +9,8 @@ from collections.abc import Callable
 from dataclasses import fields
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from nvsadapter_guidance.training.sdf import Parts
 from nvsadapter_guidance.training.shapes import PART_COUNT, Draw
@@ -162,6 +164,30 @@ def creature(draw: Draw) -> None:
         paint=0,
     )
     x, z = front + 0.3 * head, lift + upright * (0.35 * length + 0.5 * head)
+    _face(draw, x, z, head)
+    for side in (1, -1):
+        draw.part(
+            (side * front * 0.65, girth * 0.7, -girth - legs * 0.5 - upright * 0.5 * length),
+            (0.05, 0.05, legs + 0.04),
+            round_corner=1.0,
+            rounding=0.04,
+            mirrored=1.0,
+            blend=0.04,
+            paint=1,
+        )
+    draw.part(
+        (-front - 0.1, 0.0, 0.05),
+        (0.03, 0.03, draw.between(0.08, 0.2)),
+        round_corner=1.0,
+        rounding=0.028,
+        tilt=draw.between(-80, -20),
+        blend=0.03,
+        paint=1,
+    )
+
+
+def _face(draw: Draw, x: Float[Tensor, " n"], z: Float[Tensor, " n"], head: Float[Tensor, " n"]) -> None:
+    """A head at ``(x, 0, z)`` of radius ``head``, with ears, eyes and a nose."""
     draw.part(
         (x, 0.0, z),
         (head, head, head),
@@ -190,27 +216,8 @@ def creature(draw: Draw) -> None:
         paint=4,
         plain=1.0,
     )
-    for side in (1, -1):
-        draw.part(
-            (side * front * 0.65, girth * 0.7, -girth - legs * 0.5 - upright * 0.5 * length),
-            (0.05, 0.05, legs + 0.04),
-            round_corner=1.0,
-            rounding=0.04,
-            mirrored=1.0,
-            blend=0.04,
-            paint=1,
-        )
     draw.part(
         (x + head, 0.0, z - 0.2 * head), (0.05, 0.05, 0.05), round_corner=1.0, rounding=0.045, blend=0.02, paint=3
-    )
-    draw.part(
-        (-front - 0.1, 0.0, 0.05),
-        (0.03, 0.03, draw.between(0.08, 0.2)),
-        round_corner=1.0,
-        rounding=0.028,
-        tilt=draw.between(-80, -20),
-        blend=0.03,
-        paint=1,
     )
 
 

@@ -6,6 +6,7 @@ optimisation goes on.
 """
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -45,18 +46,18 @@ class EncodingConfig:
     """SphericalHarmonics: number of bands, 1 to 4."""
 
 
-class Encoding(nn.Module):
+class Encoding(nn.Module, ABC):
     """Base of all encodings."""
 
     n_output_dims: int
 
+    @abstractmethod
     def forward(self, x: Float[Tensor, "N 3"]) -> Features:
         """Return the features of coordinates in [0, 1]."""
-        raise NotImplementedError
 
     def with_jacobian(self, x: Float[Tensor, "N 3"]) -> tuple[Features, Jacobian]:
-        """Return features and their derivative along x."""
-        raise NotImplementedError
+        """Return features and their derivative along x; encodings of directions have none."""
+        raise TypeError(f"{type(self).__name__} encodes directions and has no derivative")
 
     def update(self, step: int) -> None:
         """Set the state that belongs to an optimisation step."""
