@@ -17,7 +17,7 @@ from nvsadapter_guidance.model import MINI_MODEL
 from nvsadapter_guidance.training.views import composite, load_tar
 
 ATTRIBUTION = {
-    "BlendSwap-CC-0": "CC0, authors of blendswap.com: {authors}",
+    "BlendSwap-CC-0": "CC0 (winchesterSofa and winchesterArmchair: CC-BY 3.0), authors of blendswap.com: {authors}",
     "Scopia": "CC-BY 3.0, (c) 2010-2012 Scopia Visual Interfaces Systems, s.l., http://www.scopia.es",
     "KatorLegaz": "CC-BY 3.0 US, (c) 2003-2008 Andrew Kator & Jennifer Legaz",
     "Reallusion": "CC-BY 3.0 US, (c) 2008-2011 Reallusion, http://www.reallusion.com",
