@@ -36,14 +36,21 @@ class AutoencoderTraining:
     """Weight of the mean KL divergence per latent value."""
     gradient_weight: float = 0.5
     """Weight of the error of image gradients, which keeps silhouettes sharp."""
+    chroma_weight: float = 2.0
+    """Extra weight of the error of colour differences, which are small beside light and dark and learned last."""
     seed: int = 0
 
 
 def reconstruction_loss(
-    prediction: Float[Tensor, "B 3 H W"], target: Float[Tensor, "B 3 H W"], gradient_weight: float
+    prediction: Float[Tensor, "B 3 H W"],
+    target: Float[Tensor, "B 3 H W"],
+    gradient_weight: float,
+    chroma_weight: float = 0.0,
 ) -> Float[Tensor, ""]:
-    """Absolute error of colours and of their finite differences at two scales."""
+    """Absolute error of pixels, of their colour differences, and of their finite differences at two scales."""
     loss = F.l1_loss(prediction, target)
+    chroma = [x - x.mean(dim=1, keepdim=True) for x in (prediction, target)]
+    loss = loss + chroma_weight * F.l1_loss(*chroma)
     for scale in (1, 2):
         p, t = (F.avg_pool2d(x, scale) if scale > 1 else x for x in (prediction, target))
         for axis in (-1, -2):
@@ -89,7 +96,8 @@ def train_autoencoder(vae: AutoencoderKL, banks: list[ViewBank], config: Autoenc
             )
             prediction = vae.decode(latents).sample
         kl = posterior.kl().mean() / posterior.mean[0].numel()
-        loss = reconstruction_loss(prediction.float(), images, config.gradient_weight) + config.kl_weight * kl
+        loss = reconstruction_loss(prediction.float(), images, config.gradient_weight, config.chroma_weight)
+        loss = loss + config.kl_weight * kl
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         for _, optimiser in optimisers:

@@ -84,6 +84,11 @@ def test_reconstruction_loss_is_zero_only_for_equal_images() -> None:
     assert reconstruction_loss(image, image, 0.5) == 0
     # A constant offset has no gradient error: 0.1 of absolute error alone.
     assert reconstruction_loss(image + 0.1, image, 0.5) == pytest.approx(0.1, rel=1e-4)
+    # A shift of all channels alike is no colour; of one channel by 0.3 it is 0.2 there and 0.1 in the others.
+    assert reconstruction_loss(image + 0.1, image, 0.0, chroma_weight=5.0) == pytest.approx(0.1, rel=1e-4)
+    redder = image + torch.tensor([0.3, 0.0, 0.0]).view(1, 3, 1, 1)
+    expected = 0.1 + 5.0 * (0.2 + 0.1 + 0.1) / 3
+    assert reconstruction_loss(redder, image, 0.0, chroma_weight=5.0) == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_autoencoder_learns_and_sets_the_scale_of_its_latents() -> None:
