@@ -49,8 +49,8 @@ def reconstruction_loss(
 ) -> Float[Tensor, ""]:
     """Absolute error of pixels, of their colour differences, and of their finite differences at two scales."""
     loss = F.l1_loss(prediction, target)
-    chroma = [x - x.mean(dim=1, keepdim=True) for x in (prediction, target)]
-    loss = loss + chroma_weight * F.l1_loss(*chroma)
+    chroma, wanted = (x - x.mean(dim=1, keepdim=True) for x in (prediction, target))
+    loss = loss + chroma_weight * F.l1_loss(chroma, wanted)
     for scale in (1, 2):
         p, t = (F.avg_pool2d(x, scale) if scale > 1 else x for x in (prediction, target))
         for axis in (-1, -2):
