@@ -9,7 +9,7 @@ from torch import Tensor
 from nvsadapter_guidance import diffusion
 from nvsadapter_guidance.errors import InputError
 from nvsadapter_guidance.model import NVSModel
-from nvsadapter_guidance.pipeline import Poses, SupportConditions, guided_prediction, prepare
+from nvsadapter_guidance.pipeline import Poses, SupportConditions, guided_prediction, predict_clean, prepare
 
 
 @dataclass
@@ -64,14 +64,18 @@ class ScoreDistillation:
         Raises:
             InputError: ``N`` is not a multiple of ``num_query``.
         """
+        self._check_count(len(images))
         schedule = self.model.schedule
-        latents = self._grouped(self.model.encode(self.model.resize(images), generator))
+        latents = self.model.encode(self.model.resize(images), generator).unflatten(0, (-1, self.num_query))
         low, high = (int(schedule.num_train_timesteps * share) for share in step_range)
         high = min(max(high, low), schedule.num_train_timesteps - 1)
         timesteps = diffusion.draw_timesteps(len(latents), min(low, high), high, generator)
         noise = torch.randn(latents.shape, generator=generator, device=latents.device)
         with torch.no_grad():
-            prediction, _ = self._predict(latents, noise, timesteps, poses, generator)
+            noisy = schedule.add_noise(latents, noise, timesteps)
+            grouped = poses[torch.arange(len(poses)).view(-1, self.num_query)]
+            scale = self.guidance_scale
+            prediction = guided_prediction(self.model, self._prepared(), noisy, timesteps, grouped, scale, generator)
             gradient = diffusion.sds_gradient(
                 latents, noise, timesteps, prediction, schedule.alphas_cumprod, schedule.prediction_type, self.max_norm
             )
@@ -83,28 +87,26 @@ class ScoreDistillation:
         self, images: Float[Tensor, "N 3 H W"], poses: Poses, noise_level: float, generator: torch.Generator
     ) -> Float[Tensor, "N 3 h w"]:
         """What the model would rather see from the same cameras: one-step denoising at a share of the schedule."""
-        schedule = self.model.schedule
-        latents = self._grouped(self.model.encode(self.model.resize(images)))
-        level = min(int(noise_level * schedule.num_train_timesteps), schedule.num_train_timesteps - 1)
-        timesteps = torch.full((len(latents),), level, device=latents.device)
-        noise = torch.randn(latents.shape, generator=generator, device=latents.device)
-        prediction, noisy = self._predict(latents, noise, timesteps, poses, generator)
-        return self.model.decode(schedule.split(noisy, prediction, timesteps)[0].flatten(0, 1))
+        self._check_count(len(images))
+        return predict_clean(
+            self.model,
+            self._prepared(),
+            images,
+            poses,
+            noise_level,
+            generator,
+            self.guidance_scale,
+            self.num_query,
+        )
 
-    def _grouped(self, latents: Float[Tensor, "N C h w"]) -> Float[Tensor, "G n C h w"]:
-        if len(latents) % self.num_query:
-            raise InputError(
-                f"data.random_camera.batch_size: {len(latents)} views cannot be judged in groups of {self.num_query}; "
-                f"use a multiple of {self.num_query}"
-            )
-        return latents.unflatten(0, (-1, self.num_query))
-
-    def _predict(
-        self, latents: Tensor, noise: Tensor, timesteps: Tensor, poses: Poses, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
+    def _prepared(self) -> SupportConditions:
         if self.conditions is None:
             raise RuntimeError("call prepare() with the support image before judging views")
-        noisy = self.model.schedule.add_noise(latents, noise, timesteps)
-        grouped = poses[torch.arange(len(poses)).view(-1, self.num_query)]
-        scale = self.guidance_scale
-        return guided_prediction(self.model, self.conditions, noisy, timesteps, grouped, scale, generator), noisy
+        return self.conditions
+
+    def _check_count(self, views: int) -> None:
+        if views % self.num_query:
+            raise InputError(
+                f"data.random_camera.batch_size: {views} views cannot be judged in groups of {self.num_query}; "
+                f"use a multiple of {self.num_query}"
+            )

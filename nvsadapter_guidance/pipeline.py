@@ -180,9 +180,13 @@ def predict_clean(
     noise_level: float,
     generator: torch.Generator,
     guidance_scale: float,
+    num_query: int | None = None,
 ) -> Float[Tensor, "V 3 H W"]:
-    """One-step denoising: noise ``images`` to a share of the schedule in (0, 1] and return the clean prediction."""
-    size, count = model.num_query, len(poses)
+    """One-step denoising: noise ``images`` to a share of the schedule in (0, 1] and return the clean prediction.
+
+    Views are denoised in groups of ``num_query``, by default as many as the model was trained with.
+    """
+    size, count = num_query or model.num_query, len(poses)
     order = torch.arange(-(-count // size) * size) % count
     latents = model.encode(model.resize(images))[order].unflatten(0, (-1, size))
     timestep = min(int(noise_level * model.schedule.num_train_timesteps), model.schedule.num_train_timesteps - 1)
