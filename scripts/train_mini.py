@@ -21,21 +21,26 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.profiler import profile
 
 from nvsadapter_guidance.errors import InputError
-from nvsadapter_guidance.model import CONFIG_NAME, WEIGHTS_NAME, NVSModel, NVSModelConfig
-from nvsadapter_guidance.quantise import dequantise_state_dict
+from nvsadapter_guidance.model import CONFIG_NAME, HALF_PRECISION, WEIGHTS_NAME, NVSModel, NVSModelConfig
+from nvsadapter_guidance.quantise import dequantise_state_dict, quantise_state_dict
 from nvsadapter_guidance.training.autoencoder import AutoencoderTraining, measure, train_autoencoder
+from nvsadapter_guidance.training.colour_start import carry_colours
 from nvsadapter_guidance.training.pretrain import Pretrainer, Pretraining, clock_of_first, encode_banks
 from nvsadapter_guidance.training.procedural import render_procedural
 from nvsadapter_guidance.training.validate import validate_views
-from nvsadapter_guidance.training.views import ViewBank, load_tar
+from nvsadapter_guidance.training.views import ViewBank, composite, load_tar
 
 log = logging.getLogger("train_mini")
 ROOT = Path(__file__).resolve().parent.parent
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+WORST_COLOUR_ERROR = 0.4
+"""A model never gets its colours more right than its autoencoder does, so above this the run ends early."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -45,14 +50,16 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--validation", type=Path, required=True, help="validation views (.tar)")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for weights, state and metrics")
     parser.add_argument("--config", type=Path, default=ROOT / "configs/mini/model.json", help="shape of the model")
-    parser.add_argument("--autoencoder-seconds", type=float, default=60.0)
-    parser.add_argument("--autoencoder-from", type=Path, help="model folder whose autoencoder to use instead")
+    parser.add_argument("--autoencoder-seconds", type=float, help="default: 60, or 0 with --autoencoder-from")
+    parser.add_argument("--autoencoder-from", type=Path, help="model folder whose autoencoder to start from")
+    parser.add_argument("--autoencoder-only", action="store_true", help="train, save and show the autoencoder alone")
     parser.add_argument("--seconds", type=float, default=60.0, help="length of this piece of training")
     parser.add_argument("--deadline", type=float, help="end training when the whole process is this old, in seconds")
     parser.add_argument("--total-seconds", type=float, help="length of all pieces together (default: --seconds)")
     parser.add_argument("--resume", type=Path, help="state.pt of the piece before")
     parser.add_argument("--start-from", type=Path, help="model folder whose weights to start from")
     parser.add_argument("--procedural", type=int, default=0, help="how many procedural objects to render and add")
+    parser.add_argument("--profile", type=Path, help="where to write what the time of three steps goes into")
     parser.add_argument("--no-validation", action="store_true", help="skip the sampled views at the end")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="fields of Pretraining, e.g. lr=1e-3")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -94,6 +101,43 @@ def load_autoencoder(model: NVSModel, folder: Path) -> None:
     model.vae.load_state_dict({k.removeprefix("vae."): v for k, v in state.items()})
 
 
+def train_or_load_autoencoder(
+    arguments: argparse.Namespace, model: NVSModel, banks: list[ViewBank]
+) -> dict[str, float]:
+    """Bring the autoencoder to where the UNet can be trained on its latents; return its scores."""
+    seconds = arguments.autoencoder_seconds
+    if arguments.autoencoder_from:
+        load_autoencoder(model, arguments.autoencoder_from)
+        seconds = seconds or 0.0
+    if seconds == 0.0:
+        return measure(model.vae, banks[0], torch.Generator(model.device).manual_seed(0))
+    if not arguments.autoencoder_from:
+        carry_colours(model.vae)
+    return train_autoencoder(model.vae, banks, AutoencoderTraining(seconds=60.0 if seconds is None else seconds))
+
+
+def save_autoencoder(model: NVSModel, arguments: argparse.Namespace, scores: dict[str, float]) -> None:
+    """Write a folder for ``--autoencoder-from``, its scores, and unseen views above their reconstructions.
+
+    Raises:
+        RuntimeError: the colours are too wrong to train a model on.
+    """
+    output = arguments.output / "autoencoder"
+    output.mkdir(parents=True, exist_ok=True)
+    model.config.vae["scaling_factor"] = model.vae.config.scaling_factor
+    (output / CONFIG_NAME).write_text(json.dumps(dataclasses.asdict(model.config), indent=1))
+    state = {f"vae.{key}": value for key, value in model.vae.state_dict().items()}
+    save_file(quantise_state_dict(state, half=HALF_PRECISION), output / WEIGHTS_NAME)
+    (output / "autoencoder.json").write_text(json.dumps(scores, indent=1))
+    views = composite(load_tar(arguments.validation).rgba[:16, 0].float() / 255).permute(0, 3, 1, 2).to(model.device)
+    with torch.no_grad():
+        rows = torch.cat([views, (model.decode(model.encode(views * 2 - 1)) + 1) / 2]).unflatten(0, (4, -1))
+    sheet = rows[[0, 2, 1, 3]].permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
+    Image.fromarray((sheet * 255).round().byte().cpu().numpy()).save(output / "autoencoder.png")
+    if scores["colour_error"] > WORST_COLOUR_ERROR:
+        raise RuntimeError(f"the autoencoder's colours are {scores['colour_error']:.0%} wrong: train it for longer")
+
+
 def share_autoencoder(model: NVSModel) -> None:
     """Give every process the first one's autoencoder."""
     if WORLD == 1:
@@ -123,16 +167,11 @@ def prepare_training(
         model.vae.register_to_config(scaling_factor=state["scaling_factor"])
         config.seed += state["step"]
         metrics["autoencoder"] = state["autoencoder"]
-    elif arguments.autoencoder_from:
-        load_autoencoder(model, arguments.autoencoder_from)
-        metrics["autoencoder"] = measure(model.vae, banks[0], torch.Generator(device).manual_seed(0))
-        log.info("autoencoder: %s", metrics["autoencoder"])
-        share_autoencoder(model)
     elif not arguments.start_from:
         if RANK == 0:
-            training = AutoencoderTraining(seconds=arguments.autoencoder_seconds)
-            metrics["autoencoder"] = train_autoencoder(model.vae, banks, training)
+            metrics["autoencoder"] = train_or_load_autoencoder(arguments, model, banks)
             log.info("autoencoder: %s", metrics["autoencoder"])
+            save_autoencoder(model, arguments, metrics["autoencoder"])
         share_autoencoder(model)
     config.seed += 1000 * RANK
     start = time.perf_counter()
@@ -141,6 +180,16 @@ def prepare_training(
     if arguments.resume:
         trainer.load(state)
     return trainer
+
+
+def profile_steps(trainer: Pretrainer, steps: int = 3) -> str:
+    """Tables of what a step's time goes into, on the device and on the host."""
+    trainer.train_step()
+    with profile() as recorded:
+        for _ in range(steps):
+            float(trainer.train_step())
+    tables = recorded.key_averages()
+    return "\n".join(tables.table(sort_by=f"self_{where}_time_total", row_limit=30) for where in ("device", "cpu"))
 
 
 def finish(arguments: argparse.Namespace, trainer: Pretrainer, metrics: dict[str, Any]) -> None:
@@ -180,6 +229,12 @@ def main() -> None:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     arguments.output.mkdir(parents=True, exist_ok=True)
     metrics: dict[str, Any] = {"arguments": {k: str(v) for k, v in vars(arguments).items()}}
+    if arguments.autoencoder_only:
+        model = build_model(arguments, device)
+        scores = train_or_load_autoencoder(arguments, model, [load_tar(arguments.views).to(device)])
+        log.info("autoencoder: %s", scores)
+        save_autoencoder(model, arguments, scores)
+        return
     config = Pretraining(
         seconds=arguments.seconds,
         total_seconds=arguments.total_seconds or arguments.seconds,
@@ -189,6 +244,11 @@ def main() -> None:
     start = time.perf_counter()
     trainer.train_step()
     log.info("first step, with compilation, in %.1f s", time.perf_counter() - start)
+    if arguments.profile:
+        # Every process takes part, or the first would wait for the others' gradients.
+        report = profile_steps(trainer)
+        if RANK == 0:
+            arguments.profile.write_text(report)
     seconds = config.seconds
     if arguments.deadline:
         seconds = min(seconds, arguments.deadline - clock_of_first(time.perf_counter() - began, device))

@@ -7,7 +7,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nvsadapter_guidance.model import NVSModel
-from nvsadapter_guidance.pipeline import Poses, predict_clean, prepare, sample
+from nvsadapter_guidance.pipeline import Poses, predict_clean, prepare
+from nvsadapter_guidance.sampling import sample
 from nvsadapter_guidance.training.views import ViewBank, composite
 
 SILHOUETTE_THRESHOLD = 0.06

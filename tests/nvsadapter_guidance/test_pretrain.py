@@ -5,10 +5,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from tiny_nvs import tiny_nvs_model
 
 from nvsadapter_guidance.training import pretrain
-from nvsadapter_guidance.training.autoencoder import AutoencoderTraining, reconstruction_loss, train_autoencoder
+from nvsadapter_guidance.training.autoencoder import (
+    AutoencoderTraining,
+    random_crops,
+    reconstruction_loss,
+    train_autoencoder,
+)
+from nvsadapter_guidance.training.colour_start import carry_colours
 from nvsadapter_guidance.training.muon import Muon, orthogonalise, orthogonalise_all, split_parameters
 from nvsadapter_guidance.training.pretrain import (
     FIRST_AND_LAST,
@@ -95,6 +102,33 @@ def test_the_autoencoder_learns_and_sets_the_scale_of_its_latents() -> None:
     model = tiny_nvs_model().requires_grad_(True)
     scores = train_autoencoder(model.vae, [coloured_discs()], AutoencoderTraining(seconds=0.5, batch_size=4))
     assert scores["steps"] >= 1 and model.vae.config.scaling_factor == scores["scaling_factor"] > 0
+
+
+def test_an_autoencoder_that_carries_colours_shows_them_untrained() -> None:
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(32, 64, 96),
+        norm_num_groups=1,
+        mid_block_add_attention=False,
+    )
+    halves = torch.full((2, 3, 32, 32), -0.5)
+    halves[0, 0] = halves[1, 2] = 0.5
+    carry_colours(vae)
+    with torch.no_grad():
+        colours = vae.decode(vae.encode(halves).latent_dist.mean).sample[..., 8:-8, 8:-8].mean(dim=(2, 3))
+    # The red image comes out red and the blue one blue, whatever the scale.
+    assert colours[0].argmax() == 0 and colours[1].argmax() == 2
+    assert colours[0, 0] - colours[0, 1] > 0.3 and colours[1, 2] - colours[1, 1] > 0.3
+
+
+def test_crops_lie_around_the_object_and_keep_its_colours() -> None:
+    crops = random_crops(coloured_discs(), 16, 12, torch.Generator().manual_seed(0))
+    assert crops.shape == (16, 3, 12, 12)
+    # The object covers a third of a view; crops around its points show more of it, and none shows white alone.
+    assert ((1 - crops).amax(dim=1) > 0.1).float().mean() > 0.5
+    assert ((1 - crops).amax(dim=1) > 0.1).flatten(1).any(dim=1).all()
 
 
 def test_batches_hold_the_support_first_and_mirror_azimuths() -> None:
