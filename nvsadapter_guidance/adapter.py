@@ -80,8 +80,9 @@ class NVSAdapter(nn.Module):
         """
         _check_unet(unet)
         adapter = cls(config, unet)
-        adapter.reset_parameters(generator)
         reference = next(unet.parameters())
+        if not reference.is_meta:  # there, weights are yet to come
+            adapter.reset_parameters(generator)
         adapter.to(device=reference.device, dtype=reference.dtype)
         if freeze_base:
             unet.requires_grad_(False)

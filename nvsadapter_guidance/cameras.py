@@ -7,11 +7,11 @@ two ways, and both are kept here, named, because its weights have learned them:
 
 * focal length ``size / (2 tan(fov))`` with the full field of view, where a pinhole has ``tan(fov / 2)``;
 * the rotation part of the pose is the OpenGL rotation times -1, which mirrors x (its sampling script flips the
-  sign once more, so that relative translations change sign as well).
+  sign once more, so that relative translations change sign as well; docs/pose-convention.md derives what follows).
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Dict, Literal, Tuple, Union
 
 import torch
@@ -22,6 +22,8 @@ from nvsadapter_guidance.errors import InputError
 
 Focal = Literal["released", "pinhole"]
 Axes = Literal["released", "released-sampling", "opencv"]
+PoseConvention = Literal["training", "released-sampling"]
+POSE_CONVENTIONS: Tuple[str, ...] = ("training", "released-sampling")
 
 # Factors on the columns (right, up, backward) of an OpenGL rotation.
 _AXES_SIGNS: Dict[str, Tuple[float, float, float]] = {
@@ -78,6 +80,30 @@ def camera_convention(name: str) -> CameraConvention:
     if name not in CONVENTIONS:
         raise InputError(f"camera convention '{name}' is unknown; use one of {sorted(CONVENTIONS)}")
     return CONVENTIONS[name]
+
+
+def with_pose_convention(trained: CameraConvention, pose_convention: str) -> CameraConvention:
+    """The convention to make rays with, for weights that were trained with ``trained``.
+
+    Args:
+        pose_convention: ``training`` keeps what the weights have learned. ``released-sampling`` reproduces the sign of
+            the released sampling script, whose relative translations are those of training times -1
+            (docs/pose-convention.md).
+
+    Raises:
+        InputError: the name is unknown, or the weights are not of the released kind.
+    """
+    if pose_convention not in POSE_CONVENTIONS:
+        known = ", ".join(POSE_CONVENTIONS)
+        raise InputError(f"pose_convention '{pose_convention}' is unknown; use one of {known}")
+    if pose_convention == "training":
+        return trained
+    if trained.axes == "opencv":
+        raise InputError(
+            "pose_convention: released-sampling is a property of the released weights' sampling script; the embedded "
+            "model knows training alone"
+        )
+    return replace(trained, axes="released-sampling")
 
 
 def look_at(

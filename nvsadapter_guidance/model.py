@@ -6,6 +6,7 @@ released weights fill the same class at full size.
 
 import dataclasses
 import json
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,13 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from nvsadapter_guidance.adapter import NVSAdapter, NVSAdapterConfig
 from nvsadapter_guidance.cameras import camera_convention, look_at
+from nvsadapter_guidance.encoders import PromptEncoder, clip_images
 from nvsadapter_guidance.errors import InputError
 from nvsadapter_guidance.quantise import dequantise_state_dict, quantise_state_dict
 from nvsadapter_guidance.schedule import NoiseSchedule
 from nvsadapter_guidance.unet import MultiViewUNet
+
+log = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -52,7 +56,11 @@ class NVSModelConfig:
     schedule: dict[str, Any] = field(default_factory=dict)
     """Arguments of ``NoiseSchedule``."""
     text_tokens: int = 4
-    """How many learned constant tokens stand in place of text."""
+    """How many tokens stand in place of text: learned constants, or those of the empty prompt."""
+    text_encoder: dict[str, Any] = field(default_factory=dict)
+    """Arguments of ``transformers.CLIPTextConfig``; empty where the tokens are learned constants."""
+    image_preprocessing: str = "none"
+    """What happens to images before the image encoder: ``none``, or ``clip`` (`encoders.clip_images`)."""
     fov_deg: float = 49.1
     distance: float = 1.5
     """Camera distance of the training views, in object diameters (objects have radius 0.5)."""
@@ -75,8 +83,18 @@ class NVSModel(nn.Module):
         self.image_encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**config.image_encoder))
         width = config.unet["cross_attention_dim"]
         self.text_context = nn.Parameter(0.02 * torch.randn(1, config.text_tokens, width))
-        self.schedule = NoiseSchedule(**config.schedule)
+        self.prompt_encoder: PromptEncoder | None = None
+        with torch.device("cpu"):  # a table, not a weight: it has values even where weights are yet to come
+            self.schedule = NoiseSchedule(**config.schedule)
         self.convention = camera_convention(self.network.adapter.config.camera_convention)
+
+    @classmethod
+    def blank(cls, config: NVSModelConfig) -> "NVSModel":
+        """A model whose weights take no memory, to be filled by ``load_state_dict(..., assign=True)``."""
+        with torch.device("meta"):
+            model = cls(config)
+        fill_position_ids(model.image_encoder)
+        return model
 
     @property
     def num_query(self) -> int:
@@ -92,6 +110,34 @@ class NVSModel(nn.Module):
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.text_context.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision that the network computes in."""
+        return self.network.unet.conv_in.weight.dtype
+
+    def to(self, *args: Any, **kwargs: Any) -> "NVSModel":
+        """As ``Module.to``; a dtype changes the network and the image encoder alone.
+
+        The autoencoder stays in float32, as in training, and so do the ray convolutions, whose input has frequencies
+        that half precision cannot hold.
+        """
+        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        if dtype is not None:
+            # Tensor by tensor, converted on the way: no device ever holds the network twice or in full precision.
+            rays = self.network.adapter.ray_convs
+            self.network.adapter.ray_convs = nn.ModuleList()
+            exact = torch.float32
+            for module, precision in (
+                (self.network, dtype), (self.image_encoder, dtype), (rays, exact), (self.vae, exact),
+            ):  # fmt: skip
+                # Not the method of diffusers' models, which warns of casts that are meant here.
+                nn.Module.to(module, device=device, dtype=precision, non_blocking=non_blocking)
+            self.network.adapter.ray_convs = rays
+            self.text_context.data = self.text_context.data.to(dtype)
+        if device is not None:
+            super().to(device, non_blocking=non_blocking)
+        return self
 
     def resize(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 size size"]:
         """Bring images to the model's resolution (bilinear, antialiased only when shrinking)."""
@@ -116,9 +162,24 @@ class NVSModel(nn.Module):
         """Images of latents, clamped to [-1, 1]."""
         return self.vae.decode(latents / self.vae.config.scaling_factor).sample.clamp(-1.0, 1.0)
 
+    def text_tokens(self, prompt: str = "") -> Float[Tensor, "1 tokens dim"]:
+        """What stands for the text of a prompt, in the network's precision; of the empty one it was computed once.
+
+        Raises:
+            InputError: the prompt is not empty and no tokenizer is found.
+        """
+        if not prompt.strip():
+            return self.text_context
+        if self.prompt_encoder is None:
+            log.warning("prompt '%s' is ignored: the %s model has no text encoder", prompt, self.config.name)
+            return self.text_context
+        return self.prompt_encoder(prompt).to(self.text_context)
+
     def semantic_tokens(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 1 D"]:
         """The single image token of each support image."""
-        return self.image_encoder(pixel_values=images).image_embeds[:, None]
+        if self.config.image_preprocessing == "clip":
+            images = clip_images(images, self.image_encoder.config.image_size)
+        return self.image_encoder(pixel_values=images.to(self.image_encoder.dtype)).image_embeds[:, None]
 
     def ray_embedding(
         self,
@@ -138,7 +199,8 @@ class NVSModel(nn.Module):
         """What the unconditional branch sees in place of the support view."""
         if self.config.unconditional_support == "zeros":
             return torch.zeros_like(like)
-        return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+        # Drawn in float32, so that a seed gives the same noise in every precision.
+        return torch.randn(like.shape, generator=generator, device=like.device).to(like.dtype)
 
     def save(self, folder: Path) -> None:
         """Write ``config.json`` and the eight-bit weights into ``folder``."""
@@ -154,7 +216,7 @@ class NVSModel(nn.Module):
         Raises:
             InputError: a file is missing, damaged, or does not fit the configuration.
         """
-        config = _read_config(folder / CONFIG_NAME)
+        config = read_config(folder / CONFIG_NAME)
         weights = folder / WEIGHTS_NAME
         if not weights.is_file():
             raise InputError(f"{weights}: no such file; a model folder needs {CONFIG_NAME} and {WEIGHTS_NAME}")
@@ -172,7 +234,15 @@ class NVSModel(nn.Module):
         return model.eval().requires_grad_(False)
 
 
-def _read_config(path: Path) -> NVSModelConfig:
+_REQUIRED = ("name", "image_size", "unet", "vae", "image_encoder", "adapter")
+
+
+def read_config(path: Path) -> NVSModelConfig:
+    """The configuration in a JSON file.
+
+    Raises:
+        InputError: the file is missing, is not JSON, or has an unknown or a missing key.
+    """
     try:
         values = json.loads(path.read_text())
     except OSError as error:
@@ -183,4 +253,15 @@ def _read_config(path: Path) -> NVSModelConfig:
     unknown = sorted(set(values) - known)
     if unknown:
         raise InputError(f"{path}: unknown key '{unknown[0]}'; known keys are {', '.join(sorted(known))}")
+    missing = sorted(known.intersection(_REQUIRED) - set(values))
+    if missing:
+        raise InputError(f"{path}: key '{missing[0]}' is missing; copy the file again")
     return NVSModelConfig(**values)
+
+
+def fill_position_ids(tower: nn.Module) -> None:
+    """Give a CLIP tower on the meta device its table of positions, the one tensor that no file holds."""
+    for module in tower.modules():
+        ids = getattr(module, "position_ids", None)
+        if isinstance(ids, Tensor) and ids.is_meta:
+            module.register_buffer("position_ids", torch.arange(ids.shape[-1]).expand(1, -1), persistent=False)

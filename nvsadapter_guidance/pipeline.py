@@ -1,6 +1,6 @@
-"""Novel views of an object from one image: what is computed once for the image, and the sampling loop."""
+"""What one image tells about its object: conditions computed once, and predictions of its views made with them."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +28,35 @@ class Poses:
         return len(self.azimuth)
 
 
+def view_poses(
+    elevations: Sequence[float],
+    azimuths: Sequence[float],
+    distances: Sequence[float] | None = None,
+    default_distance: float = 1.5,
+    device: torch.device | str = "cpu",
+) -> Poses:
+    """Cameras of the views asked for; degrees, and object diameters.
+
+    Raises:
+        InputError: no view, numbers that differ or are not finite, or a camera under or above the object or inside it.
+    """
+    distances = [default_distance] * len(elevations) if distances is None else distances
+    counts = {"elevations": len(elevations), "azimuths": len(azimuths), "distances": len(distances)}
+    if len(set(counts.values())) > 1:
+        found = ", ".join(f"{count} {name}" for name, count in counts.items())
+        raise InputError(f"views: got {found}; give one of each per view")
+    if not elevations:
+        raise InputError("views: none asked for; give at least one elevation and azimuth")
+    poses = Poses(*(torch.tensor([float(v) for v in values]) for values in (azimuths, elevations, distances)))
+    if not bool(torch.stack([poses.azimuth, poses.elevation, poses.distance]).isfinite().all()):
+        raise InputError("views: an elevation, azimuth or distance is not a finite number")
+    if bool((poses.elevation.abs() > 90.0).any()):
+        raise InputError(f"views: elevations are {list(elevations)}; they must be between -90 and 90 degrees")
+    if bool((poses.distance <= 0.5).any()):
+        raise InputError(f"views: distances are {list(distances)}; the object has radius 0.5, stay outside of it")
+    return Poses(*(value.to(device) for value in (poses.azimuth, poses.elevation, poses.distance)))
+
+
 @dataclass
 class SupportConditions:
     """What one support image contributes to every call, computed once."""
@@ -36,6 +65,7 @@ class SupportConditions:
     """The support camera; a batch of one."""
     latents: Float[Tensor, "1 1 C h w"]
     image_context: Float[Tensor, "1 1 D"]
+    text_context: Float[Tensor, "1 tokens dim"]
     conditional: SupportCache | None = None
     """Keys and values of the support stream; None where the view attention mode forbids caching."""
     unconditional: SupportCache | None = None
@@ -44,29 +74,55 @@ class SupportConditions:
 
 @torch.no_grad()
 def prepare(
-    model: NVSModel, image: Float[Tensor, "1 3 H W"], pose: Poses, generator: torch.Generator
+    model: NVSModel, image: Float[Tensor, "1 3 H W"], pose: Poses, generator: torch.Generator, prompt: str = ""
 ) -> SupportConditions:
-    """Encode a support image in [-1, 1] seen from ``pose``."""
+    """Encode a support image in [-1, 1] seen from ``pose``.
+
+    Raises:
+        InputError: the prompt cannot be encoded.
+    """
     image = model.resize(image)
     latents = model.encode(image, generator)[:, None]
-    conditions = SupportConditions(pose, latents, model.semantic_tokens(image))
+    conditions = SupportConditions(pose, latents, model.semantic_tokens(image), model.text_tokens(prompt))
     if model.network.adapter.config.support_is_independent:
-        conditions.conditional = _encode_support(model, conditions, unconditional=False)
+        conditions.conditional = _encode_support(model, conditions)
         if model.config.unconditional_support == "zeros":
-            conditions.unconditional = _encode_support(model, conditions, unconditional=True)
+            conditions.unconditional = _encode_support(model, conditions, torch.zeros_like(latents))
     return conditions
 
 
-def _encode_support(model: NVSModel, conditions: SupportConditions, unconditional: bool) -> SupportCache:
+def _encode_support(
+    model: NVSModel, conditions: SupportConditions, unconditional: Float[Tensor, "G 1 C h w"] | None = None
+) -> SupportCache:
+    """The support stream of one conditional sample, or of unconditional ones that see these latents instead."""
     pose = conditions.pose
+    samples = 1 if unconditional is None else len(unconditional)
+    rays = model.ray_embedding(pose.azimuth[None], pose.elevation[None], pose.distance[None])
     return model.network.encode_support(
-        conditions.latents,
-        model.text_context,
-        conditions.image_context,
-        model.ray_embedding(pose.azimuth[None], pose.elevation[None], pose.distance[None]),
-        ucg_mask=torch.tensor([unconditional], device=model.device),
-        unconditional_support_latents=model.unconditional_support_latents(conditions.latents, None),
+        conditions.latents.expand(samples, -1, -1, -1, -1),
+        conditions.text_context.expand(samples, -1, -1),
+        conditions.image_context.expand(samples, -1, -1),
+        rays.expand(samples, -1, -1, -1, -1),
+        ucg_mask=torch.full((samples,), unconditional is not None, device=conditions.latents.device),
+        unconditional_support_latents=conditions.latents if unconditional is None else unconditional,
     )
+
+
+def _support_cache(
+    model: NVSModel, conditions: SupportConditions, branches: list[bool], noise: Float[Tensor, "G 1 C h w"]
+) -> SupportCache | None:
+    """Keys and values for all samples of a call; only an unconditional branch that sees fresh noise is encoded anew."""
+    conditional, unconditional = conditions.conditional, conditions.unconditional
+    if conditional is None:
+        return None
+    caches = []
+    for is_unconditional in branches:
+        if is_unconditional and unconditional is None:
+            caches.append(_encode_support(model, conditions, noise))
+        else:
+            known = unconditional if is_unconditional and unconditional is not None else conditional
+            caches.append(known.expand(len(noise)))
+    return SupportCache.cat(caches)
 
 
 def guided_prediction(
@@ -80,7 +136,8 @@ def guided_prediction(
 ) -> Float[Tensor, "G n C h w"]:
     """The network's prediction (noise or velocity) for groups of views, with classifier-free guidance.
 
-    Ho & Salimans 2022 (arXiv 2207.12598), Eq. 6 in the form ``u + s (c - u)``. ``poses`` are ``(G, n)``.
+    Ho & Salimans 2022 (arXiv 2207.12598), Eq. 6 in the form ``u + s (c - u)``. ``poses`` are ``(G, n)``. Whatever
+    precision the network runs in, its predictions are combined in that of ``noisy``.
     """
     groups = noisy.shape[0]
     with_support = [
@@ -96,79 +153,25 @@ def guided_prediction(
     branches = [False] if guidance_scale == 1.0 else [True, False]
     batch = groups * len(branches)
     mask = torch.tensor(branches, device=noisy.device).repeat_interleave(groups)
-    caches = [conditions.unconditional if b else conditions.conditional for b in branches]
-    cache = SupportCache.cat([c.expand(groups) for c in caches if c is not None]) if None not in caches else None
     support = conditions.latents.expand(batch, -1, -1, -1, -1)
+    noise = support[:groups]
+    if True in branches:
+        noise = model.unconditional_support_latents(noise, generator)
     prediction = model.network(
         noisy.repeat(len(branches), 1, 1, 1, 1),
         timesteps.repeat(len(branches)),
-        model.text_context.expand(batch, -1, -1),
+        conditions.text_context.expand(batch, -1, -1),
         conditions.image_context.expand(batch, -1, -1),
         rays.repeat(len(branches), 1, 1, 1, 1),
         support,
         ucg_mask=mask,
-        unconditional_support_latents=model.unconditional_support_latents(support, generator),
-        support_cache=cache,
-    )
+        unconditional_support_latents=noise.repeat(len(branches), 1, 1, 1, 1),
+        support_cache=_support_cache(model, conditions, branches, noise),
+    ).to(noisy.dtype)
     if len(branches) == 1:
         return prediction
     unconditional, conditional = prediction.chunk(2)
     return diffusion.guide(unconditional, conditional, guidance_scale)
-
-
-def view_groups(count: int, size: int, step: int) -> Int[Tensor, "groups size"]:
-    """Divide ``count`` views (a multiple of ``size``) into groups that differ from step to step.
-
-    Neighbours, neighbours shifted by half a group, and views spread over the whole orbit take turns, so that over a few
-    steps every view is denoised together with all others: overlapping groups without denoising a view twice.
-    """
-    views = torch.arange(count)
-    if step % 3 == 2:
-        return views.view(size, count // size).T
-    return views.roll(-(size // 2) * (step % 3)).view(count // size, size)
-
-
-@torch.no_grad()
-def sample(
-    model: NVSModel,
-    conditions: SupportConditions,
-    poses: Poses,
-    generator: torch.Generator,
-    num_inference_steps: int = 20,
-    guidance_scale: float = 2.0,
-    groups_per_call: int = 8,
-    on_step: Callable[[int], None] | None = None,
-) -> Float[Tensor, "V 3 H W"]:
-    """Sample views of the object in [-1, 1]; deterministic DDIM from the generator's noise.
-
-    Args:
-        poses: any number of cameras; an incomplete group is filled up with repeated views that are then dropped.
-        groups_per_call: groups of ``num_query`` views denoised in one network call.
-        on_step: called with the number of finished steps, for progress.
-
-    Raises:
-        InputError: no pose was given, or fewer than one step.
-    """
-    if len(poses) == 0 or num_inference_steps < 1:
-        raise InputError(f"sampling needs at least one view and one step, got {len(poses)} and {num_inference_steps}")
-    size = model.num_query
-    wanted = len(poses)
-    poses = poses[torch.arange(-(-wanted // size) * size) % wanted]
-    shape = (len(poses), *conditions.latents.shape[2:])
-    latents = torch.randn(shape, generator=generator, device=model.device)
-    timesteps = model.schedule.sampling_timesteps(num_inference_steps)
-    for index, timestep in enumerate(timesteps):
-        following = timesteps[index + 1] if index + 1 < len(timesteps) else -1
-        stepped = torch.empty_like(latents)
-        for chunk in view_groups(len(poses), size, index).split(groups_per_call):
-            t = torch.full((len(chunk),), timestep, device=model.device)
-            noisy = latents[chunk]
-            prediction = guided_prediction(model, conditions, noisy, t, poses[chunk], guidance_scale, generator)
-            stepped[chunk] = model.schedule.ddim_step(noisy, prediction, timestep, following)
-        latents = stepped
-        if on_step is not None:
-            on_step(index + 1)
-    return torch.cat([model.decode(part) for part in latents[:wanted].split(16)])
 
 
 @torch.no_grad()

@@ -61,26 +61,10 @@ class NoiseSchedule(nn.Module):
         """Clean latents and noise that a prediction stands for."""
         return diffusion.split_prediction(prediction, noisy, timesteps, self.alphas_cumprod, self.prediction_type)
 
-    def sampling_timesteps(self, steps: int, start: float = 1.0) -> list[int]:
-        """``steps`` descending timesteps from a share ``start`` of the schedule.
-
-        The first is the very last timestep when ``start`` is one ("trailing" spacing, Lin et al. 2023, Table 2).
-
-        Raises:
-            InputError: ``steps`` or ``start`` is out of range.
-        """
-        if not 1 <= steps <= self.num_train_timesteps or not 0.0 < start <= 1.0:
-            raise InputError(f"sampling: {steps} steps from {start}; use 1 to {self.num_train_timesteps}, and (0, 1]")
-        top = start * self.num_train_timesteps
-        return [max(round(top * (steps - i) / steps) - 1, 0) for i in range(steps)]
-
-    def ddim_step(
-        self, noisy: Float[Tensor, "B *rest"], prediction: Float[Tensor, "B *rest"], timestep: int, following: int
-    ) -> Float[Tensor, "B *rest"]:
-        """One deterministic step (Song et al. 2021, arXiv 2010.02502, Eq. 12 with sigma 0); -1 follows the last."""
-        t = torch.full((len(noisy),), timestep, device=noisy.device)
-        clean, noise = self.split(noisy, prediction, t)
-        return clean if following < 0 else self.add_noise(clean, noise, torch.full_like(t, following))
+    def betas(self) -> Float[Tensor, " timesteps"]:
+        """The steps ``1 - a[t] / a[t - 1]`` of the table, float64: what diffusers calls ``trained_betas``."""
+        table = self.alphas_cumprod.double().cpu()
+        return 1.0 - table / torch.cat((table.new_ones(1), table[:-1]))
 
 
 def _cosine(steps: int) -> Float[Tensor, " steps"]:

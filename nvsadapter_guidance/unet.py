@@ -177,7 +177,10 @@ class MultiViewUNet(nn.Module):
         cached: Optional[Dict[str, Any]] = None,
         record: Optional[Dict[str, Any]] = None,
     ) -> Tensor:
-        positional = self.adapter.positional_features(rows.rays)
+        given, dtype = rows.latents.dtype, self.unet.conv_in.weight.dtype
+        # Rays are embedded and convolved in their own precision, before anything is rounded to the network's.
+        positional = {k: v.to(dtype) for k, v in self.adapter.positional_features(rows.rays).items()}
+        rows = replace(rows, latents=rows.latents.to(dtype), text=rows.text.to(dtype), image=rows.image.to(dtype))
         views = ViewContext(support_rows, num_query, positional, rows.image, cached, record)
         down, middle = None, None
         if self.controlnet is not None and rows.control is not None:
@@ -192,7 +195,7 @@ class MultiViewUNet(nn.Module):
             down_block_additional_residuals=down,
             mid_block_additional_residual=middle,
             return_dict=False,
-        )[0]
+        )[0].to(given)
 
     def _check(
         self,

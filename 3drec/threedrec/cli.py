@@ -31,6 +31,16 @@ examples:
 The mesh is DIR/save/*.glb, the turntable DIR/save/*.mp4, the numbers DIR/metrics.json. A PNG with an alpha channel
 tells what the object is; without one the background has to be plain (or: pip install -e '.[segment]').
 """
+VIEWS_EXAMPLES = """\
+examples:
+  3drec views photo.png                                       eight views around the object
+  3drec views photo.png --count 24 -o spin                    a smooth orbit
+  3drec views photo.png --elevations 0 20 --azimuths 45 -90   one from the right, one from the left and above
+  3drec views photo.png --model released --scheduler unipc --steps 20
+
+The photograph is seen from azimuth 0; azimuths grow counter-clockwise seen from above. Writes 000.png, 001.png, …,
+sheet.png, orbit.mp4 and views.json.
+"""
 MODES: dict[str, str] = {
     "train": "optimise, then render the test turntable and export the mesh",
     "validate": "render the validation views of a checkpoint",
@@ -74,7 +84,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=LAUNCH_EXAMPLES,
     )
     _add_launch_arguments(launch)
+    _add_views_command(commands)
+    _add_weights_command(commands)
+    _add_doctor_command(commands)
     options, rest = parser.parse_known_args(arguments)
+    if options.command in ("views", "weights", "doctor"):
+        return _start_plain(commands.choices[options.command], options, rest)
     chosen = {"run": run, "launch": launch}[options.command]
     return _start(_run_job if options.command == "run" else _launch_job, chosen, options, rest)
 
@@ -89,6 +104,62 @@ def launch_main(arguments: Sequence[str] | None = None) -> int:
     _add_launch_arguments(parser)
     options, rest = parser.parse_known_args(arguments)
     return _start(_launch_job, parser, options, rest)
+
+
+def _add_views_command(commands: Any) -> None:
+    views = commands.add_parser(
+        "views",
+        help="images of the object from other cameras",
+        description="Make images of the object of a photograph from any camera.",
+        epilog=VIEWS_EXAMPLES,
+    )
+    add = views.add_argument
+    add("image", metavar="IMG", help="the photograph (PNG, JPEG or WebP)")
+    add("-o", "--output", metavar="DIR", default=None, help="folder for the results (default outputs/views/IMG)")
+    add("--elevations", metavar="DEG", nargs="+", type=float, help="degrees, one per view (default 0)")
+    add("--azimuths", metavar="DEG", nargs="+", type=float, help="degrees, one per view (default: evenly around)")
+    add("--distances", metavar="D", nargs="+", type=float, help="object diameters, one per view (default 1.5)")
+    add("--count", metavar="N", type=int, help="how many views evenly around the object (default 8)")
+    add("--model", metavar="M", default="auto", help="auto (default), mini, released, or a path of weights")
+    add("--model-config", metavar="YAML", help="configuration of a released checkpoint (default: the one beside it)")
+    add("--raw", action="store_true", help="take a checkpoint's last weights, not their average")
+    add("--pose-convention", metavar="C", help="training (default) or released-sampling, for released weights")
+    add("--steps", metavar="N", type=int, help="sampling steps (default 20; released weights 50)")
+    add("--guidance-scale", metavar="S", type=float, help="classifier-free guidance (default 2; released weights 3)")
+    add("--scheduler", metavar="S", default="euler", help="euler (default), ddim, dpm++ or unipc")
+    add("--num-query", metavar="N", type=int, help="views sampled together (default: as many as in training)")
+    add("--prompt", default="", help="text for released weights (default: empty, as in training)")
+    add("--seed", metavar="N", type=int, default=0, help="seed of every random draw (default 0)")
+    add("--resolution", metavar="PX", type=int, help="side of the views (default: the model's own)")
+    add("--dtype", metavar="T", default="auto", help="auto (fp16 for released weights on a GPU), fp32, fp16 or bf16")
+    add("--offload", metavar="O", default="none", help="GPU memory: none (default), model or sequential")
+    add("--gpu", default="auto", metavar="G", help="auto (default), cpu, or a CUDA id such as 0")
+    add("--verbose", action="store_true", help="show debug lines and warnings of libraries")
+    add("--debug", action="store_true", help="show the traceback of a user's mistake too")
+
+
+def _add_weights_command(commands: Any) -> None:
+    from threedrec.weights_command import EXAMPLES, add_arguments
+
+    weights = commands.add_parser(
+        "weights",
+        help="list, download, verify and convert weight files",
+        description="List, download, verify and convert weight files.",
+        epilog=EXAMPLES,
+    )
+    add_arguments(weights)
+
+
+def _add_doctor_command(commands: Any) -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="what is installed and what a run would use",
+        description="Say what is installed, which weights and backends are found, and what a run would use and why. "
+        "Ends with 0 when `3drec run` can run here, otherwise with 2.",
+    )
+    doctor.add_argument("--json", action="store_true", help="as JSON on stdout")
+    doctor.add_argument("--verbose", action="store_true", help="show debug lines and warnings of libraries")
+    doctor.add_argument("--debug", action="store_true", help="show the traceback of a user's mistake too")
 
 
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -137,6 +208,56 @@ def _start(
         run_job(make(options, rest))
 
     return guarded(command, debug=options.debug, resume_hint=hint)
+
+
+def _start_plain(parser: argparse.ArgumentParser, options: argparse.Namespace, rest: list[str]) -> int:
+    """Run a command that takes no ``key=value``."""
+    if rest:
+        parser.error(f"unknown argument {rest[0]}")
+    setup_logging(options.verbose)
+
+    def command() -> None:
+        if options.command == "views":
+            _run_views(options)
+        elif options.command == "doctor":
+            from threedrec import doctor
+
+            doctor.run(options.json)
+        else:
+            from threedrec import weights_command
+
+            weights_command.run(options)
+
+    return guarded(command, debug=options.debug, resume_hint=f"go on with: {command_line(sys.argv)}")
+
+
+def _run_views(options: argparse.Namespace) -> None:
+    from threedrec import views
+
+    views.run(
+        views.ViewsJob(
+            image=options.image,
+            output=options.output or views.default_folder(options.image),
+            elevations=options.elevations,
+            azimuths=options.azimuths,
+            distances=options.distances,
+            count=options.count,
+            num_inference_steps=options.steps,
+            guidance_scale=options.guidance_scale,
+            num_query=options.num_query,
+            scheduler=options.scheduler,
+            prompt=options.prompt,
+            seed=options.seed,
+            resolution=options.resolution,
+            pretrained=options.model,
+            config=options.model_config,
+            use_ema=not options.raw,
+            pose_convention=options.pose_convention,
+            gpu=options.gpu,
+            dtype=options.dtype,
+            offload=options.offload,
+        )
+    )
 
 
 def _launch_job(options: argparse.Namespace, overrides: list[str]) -> Job:

@@ -6,7 +6,8 @@ from tiny_nvs import tiny_nvs_model
 
 from nvsadapter_guidance.errors import InputError
 from nvsadapter_guidance.model import NVSModel
-from nvsadapter_guidance.pipeline import Poses, guided_prediction, predict_clean, prepare, sample, view_groups
+from nvsadapter_guidance.pipeline import Poses, guided_prediction, predict_clean, prepare
+from nvsadapter_guidance.sampling import sample, view_groups
 
 SUPPORT = Poses(torch.zeros(1), torch.zeros(1), torch.full((1,), 1.5))
 
@@ -25,17 +26,18 @@ def image(model: NVSModel) -> torch.Tensor:
     return torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(3)) * 2 - 1
 
 
+@pytest.mark.parametrize("rotating", [True, False])
 @pytest.mark.parametrize("count", [4, 8, 12, 24])
-def test_every_step_uses_every_view_once(count: int) -> None:
+def test_every_step_uses_every_view_once(count: int, rotating: bool) -> None:
     for step in range(6):
-        assert sorted(view_groups(count, 4, step).flatten().tolist()) == list(range(count))
+        assert sorted(view_groups(count, 4, step, rotating).flatten().tolist()) == list(range(count))
 
 
 def test_groups_connect_all_views_within_three_steps() -> None:
     linked = {0}
     for _ in range(3):
         for step in range(3):
-            for group in view_groups(24, 4, step).tolist():
+            for group in view_groups(24, 4, step, rotating=True).tolist():
                 if linked & set(group):
                     linked |= set(group)
     assert linked == set(range(24))

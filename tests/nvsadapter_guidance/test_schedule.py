@@ -29,22 +29,11 @@ def test_split_inverts_the_target(prediction_type: str) -> None:
     assert torch.allclose(found, clean, atol=1e-4) and torch.allclose(found_noise, noise, atol=1e-5)
 
 
-def test_sampling_starts_at_the_last_timestep_and_descends() -> None:
-    schedule = NoiseSchedule()
-    assert schedule.sampling_timesteps(5) == [999, 799, 599, 399, 199]
-    assert schedule.sampling_timesteps(2, start=0.5) == [499, 249]
-    with pytest.raises(InputError, match="0 steps"):
-        schedule.sampling_timesteps(0)
-
-
-def test_ddim_with_the_true_answer_lands_on_the_clean_sample() -> None:
-    schedule = NoiseSchedule()
-    clean = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(1))
-    x = noise = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(2))
-    timesteps = schedule.sampling_timesteps(4)
-    for now, following in zip(timesteps, [*timesteps[1:], -1], strict=True):
-        x = schedule.ddim_step(x, schedule.target(clean, noise, torch.full((2,), now)), now, following)
-    assert torch.allclose(x, clean, atol=1e-5)
+@pytest.mark.parametrize("kind", ["cosine", "scaled_linear"])
+def test_betas_multiply_up_to_the_table(kind: str) -> None:
+    schedule = NoiseSchedule(kind, 0.5)
+    rebuilt = torch.cumprod(1.0 - schedule.betas(), dim=0)
+    assert torch.allclose(rebuilt.float(), schedule.alphas_cumprod, rtol=1e-5, atol=0.0)
 
 
 @pytest.mark.parametrize("key", ["kind", "prediction_type"])

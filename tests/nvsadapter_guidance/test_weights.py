@@ -19,26 +19,30 @@ def _nothing_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_falls_back_to_the_embedded_model_and_says_how_to_get_the_other() -> None:
     choice = choose_weights("auto")
     assert (choice.family, choice.path) == ("mini", MINI_MODEL)
-    assert RELEASED_CHECKPOINT in choice.reason and "wget" in choice.reason and "\n" not in choice.reason
+    assert (
+        RELEASED_CHECKPOINT in choice.reason and "3drec weights download" in choice.reason and "\n" not in choice.reason
+    )
 
 
 @pytest.mark.parametrize("place", ["checkpoints", "hub/models--a--b/snapshots/0", "elsewhere"])
-def test_released_weights_are_found_and_auto_says_that_they_cannot_be_loaded_yet(
-    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_released_weights_are_found_and_taken(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("THREEDREC_CHECKPOINTS", str(tmp_path / "elsewhere"))
     (tmp_path / place).mkdir(parents=True)
     (tmp_path / place / RELEASED_CHECKPOINT).touch()
     assert choose_weights("released").family == "released"
-    assert choose_weights("auto").family == choose_weights("mini").family == "mini"
-    assert RELEASED_CHECKPOINT in choose_weights("auto").reason and "cannot load" in choose_weights("auto").reason
+    assert choose_weights("mini").family == "mini"
+    choice = choose_weights("auto")
+    assert choice.family == "released" and RELEASED_CHECKPOINT in choice.reason and choice.path.is_file()
 
 
 def test_released_weights_that_are_missing_are_an_error_with_names_sizes_and_commands() -> None:
     with pytest.raises(InputError) as caught:
         choose_weights("released")
     message = str(caught.value)
-    assert all(part in message for part in (RELEASED_CHECKPOINT, RELEASED_CONFIG, "GB", "kB", "wget", "checkpoints"))
+    assert all(
+        part in message
+        for part in (RELEASED_CHECKPOINT, RELEASED_CONFIG, "GB", "kB", "3drec weights download", "checkpoints")
+    )
     assert "\n" not in message
 
 

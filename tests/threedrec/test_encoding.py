@@ -19,6 +19,7 @@ from threedrec.field.hashgrid import (
     encode_with_jacobian,
     jacobian_plain,
 )
+from threedrec.field.hashgrid_batched import add_rows, encode_batched, encode_batched_with_jacobian
 
 LEVELS = build_levels(n_levels=4, base_resolution=3, per_level_scale=1.7, log2_hashmap_size=7)
 
@@ -79,6 +80,68 @@ def test_fast_lookup_equals_the_definition_in_value_and_gradient():
     want = torch.autograd.grad((expected * pull).sum() + (expected_slopes * pull_slopes).sum(), (x, rows))
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one, other)
+
+
+def test_lookup_of_all_levels_at_once_equals_the_definition_in_value_and_gradient():
+    x, rows = points(), table().requires_grad_(True)
+    # Beyond the ends, where points are clamped and corners wrap round, too.
+    x = torch.cat([x, torch.tensor([[0.0, 1.0, 1.2], [-0.3, 0.5, 1.0]], dtype=torch.float64)])
+    features, slopes = encode_batched_with_jacobian(x, rows, LEVELS)
+    expected, expected_slopes = encode_plain(x, rows, LEVELS), jacobian_plain(x, rows, LEVELS)
+    torch.testing.assert_close(features, expected)
+    torch.testing.assert_close(slopes, expected_slopes)
+    torch.testing.assert_close(encode_batched(x, rows, LEVELS), expected)
+
+    pull, pull_slopes = torch.randn_like(features), torch.randn_like(slopes)
+    (got,) = torch.autograd.grad((features * pull).sum() + (slopes * pull_slopes).sum(), rows)
+    (want,) = torch.autograd.grad((expected * pull).sum() + (expected_slopes * pull_slopes).sum(), rows)
+    torch.testing.assert_close(got, want)
+    (got,) = torch.autograd.grad((encode_batched(x, rows, LEVELS) * pull).sum(), rows)
+    (want,) = torch.autograd.grad((encode_plain(x, rows, LEVELS) * pull).sum(), rows)
+    torch.testing.assert_close(got, want)
+
+
+def test_sums_of_rows_do_not_depend_on_the_order_of_addition():
+    generator = torch.Generator().manual_seed(3)
+    # Sizes ten orders of magnitude apart: float32 sums differ from order to order.
+    values = torch.randn(4096, 2, generator=generator) * 10 ** torch.randint(-6, 5, (4096, 1), generator=generator)
+    rows = torch.randint(7, (4096,), generator=generator)
+    order = torch.randperm(4096, generator=generator)
+    first = add_rows(values, rows, 9, 4096)
+    assert torch.equal(first, add_rows(values[order], rows[order], 9, 4096))
+    exact = torch.zeros(9, 2, dtype=torch.float64).index_add_(0, rows, values.double())
+    torch.testing.assert_close(first, exact.float())
+    assert torch.equal(first[7:], torch.zeros(2, 2)) and torch.equal(add_rows(values * 0, rows, 9, 4096), first * 0)
+
+
+def test_gradients_that_are_no_numbers_are_not_hidden_by_fixed_point():
+    values = torch.tensor([[1.0], [float("nan")]])
+    assert not add_rows(values, torch.tensor([0, 1]), 2, 2).isfinite().all()
+    values = torch.tensor([[1.0], [float("inf")]])
+    assert not add_rows(values, torch.tensor([0, 1]), 2, 2).isfinite().all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_grid_on_a_gpu_equals_the_one_on_the_cpu_and_repeats_itself():
+    config = EncodingConfig(otype="HashGrid", n_levels=6, base_resolution=8, log2_hashmap_size=12)
+    torch.manual_seed(0)
+    grid = build_encoding(config)
+    x = torch.rand(5000, 3)
+    on_cpu = grid.with_jacobian(x)
+    pull = [torch.randn_like(part) for part in on_cpu]
+    (want,) = torch.autograd.grad(sum((p * q).sum() for p, q in zip(on_cpu, pull, strict=True)), grid.table)
+    grid.cuda()
+
+    def on_gpu() -> list[Tensor]:
+        parts = grid.with_jacobian(x.cuda())
+        loss = sum((p * q.cuda()).sum() for p, q in zip(parts, pull, strict=True))
+        return [*parts, torch.autograd.grad(loss, grid.table)[0]]
+
+    results = on_gpu()
+    for one, other in zip(results, [*on_cpu, want], strict=True):
+        torch.testing.assert_close(one.cpu(), other, rtol=1e-4, atol=1e-6 * float(other.abs().max()))
+    assert torch.equal(results[2], on_gpu()[2])
 
 
 def test_gradients_match_finite_differences():

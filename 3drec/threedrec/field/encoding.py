@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from threedrec.config_schema import limited
 from threedrec.errors import InputError
 from threedrec.field.hashgrid import build_levels, encode, encode_with_jacobian
+from threedrec.field.hashgrid_batched import encode_batched, encode_batched_with_jacobian
 
 Features = Float[Tensor, "N C"]
 Jacobian = Float[Tensor, "N C 3"]
@@ -80,11 +81,13 @@ class HashGrid(Encoding):
 
     def forward(self, x: Float[Tensor, "N 3"]) -> Features:
         """Return the features of coordinates in [0, 1]."""
-        return self._padded(encode(x, self.table, self.levels[: self.open_levels]))
+        lookup = encode_batched if _suits_batched(x) else encode
+        return self._padded(lookup(x, self.table, self.levels[: self.open_levels]))
 
     def with_jacobian(self, x: Float[Tensor, "N 3"]) -> tuple[Features, Jacobian]:
         """Return features and their derivative along x."""
-        features, slopes = encode_with_jacobian(x, self.table, self.levels[: self.open_levels])
+        lookup = encode_batched_with_jacobian if _suits_batched(x) else encode_with_jacobian
+        features, slopes = lookup(x, self.table, self.levels[: self.open_levels])
         return self._padded(features), self._padded(slopes)
 
     def _padded(self, values: Tensor) -> Tensor:
@@ -93,6 +96,11 @@ class HashGrid(Encoding):
         if missing == 0:
             return values
         return torch.cat([values, values.new_zeros(len(values), missing, *values.shape[2:])], dim=1)
+
+
+def _suits_batched(points: Tensor) -> bool:
+    """Whether to look all levels up at once: on a GPU, where no gradient of the points is asked for."""
+    return points.is_cuda and not points.requires_grad
 
 
 class ProgressiveHashGrid(HashGrid):

@@ -3,18 +3,18 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Literal, Optional
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from nvsadapter_guidance.guidance import ScoreDistillation
-from nvsadapter_guidance.model import NVSModel
-from nvsadapter_guidance.pipeline import Poses, sample
-from nvsadapter_guidance.weights import choose_weights
+from nvsadapter_guidance.pipeline import Poses
+from nvsadapter_guidance.sampling import sample
+from nvsadapter_guidance.weight_files import locate
+from nvsadapter_guidance.weights import choose_weights, load_model
 from threedrec.cameras import Cameras
-from threedrec.errors import InputError
 from threedrec.guidance.protocol import GuidanceOutput
 from threedrec.image import SupportView
 from threedrec.schedules import Schedule, value_at
@@ -52,6 +52,10 @@ class NVSAdapterGuidanceConfig:
     """Views judged together."""
     grad_clip: Optional[Schedule] = None
     """Largest entry of the gradient on the latents; None for no clipping."""
+    pose_convention: Literal["training", "released-sampling"] = "training"
+    """Signs of relative camera poses: as in training, or as in the released sampling script."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the network and the image encoder; ``auto`` is float16 for full-size weights on a GPU, otherwise float32."""
     warm_start: WarmStartConfig = field(default_factory=lambda: WarmStartConfig(enabled=False))
     """Sample views and fit the field to them first."""
 
@@ -67,14 +71,16 @@ class NVSAdapterGuidance:
 
     def __init__(self, config: NVSAdapterGuidanceConfig, device: torch.device) -> None:
         self.config = config
-        choice = choose_weights(config.pretrained_model_name_or_path or config.pretrained)
-        if choice.family == "released":
-            raise InputError(
-                f"{choice.path}: this version cannot load the released checkpoint yet; use "
-                "system.guidance.pretrained=mini for the embedded model"
-            )
+        pretrained = config.pretrained_model_name_or_path or config.pretrained
+        choice = choose_weights(pretrained)
         logger.info("guidance: %s", choice.reason)
-        self.model = NVSModel.load(choice.path).to(device)
+        self.model = load_model(
+            pretrained,
+            config=str(locate(config.pretrained_config)) if config.pretrained_config else None,
+            dtype=guidance_dtype(config.precision, choice.family, device),
+            device=device,
+            pose_convention=config.pose_convention,
+        )
         self.description = f"{self.model.config.name} ({choice.reason.split(';')[0]})"
         self.distillation = ScoreDistillation(self.model, config.guidance_scale, config.num_query)
 
@@ -130,6 +136,13 @@ class NVSAdapterGuidance:
             on_step=on_step,
         )
         return _from_model(images)
+
+
+def guidance_dtype(precision: str, family: str, device: torch.device) -> torch.dtype:
+    """What ``system.guidance.precision`` means for a model family (``mini``, ``released``) on a device."""
+    if precision == "auto":
+        return torch.float16 if family == "released" and device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
 
 
 def _poses(cameras: Cameras, device: torch.device) -> Poses:
