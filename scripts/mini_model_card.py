@@ -6,6 +6,7 @@ python scripts/mini_model_card.py outputs/mini/metrics.json outputs/mini/views.p
 
 import argparse
 import json
+import textwrap
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,8 @@ and 30; `python scripts/validate_mini.py --validation data/views/val.tar` prints
 ## Training
 
 {steps} steps of {samples} samples (1 support and 4 query views each), {minutes:.1f} minutes on {processes} x {device}
-(training alone), after an autoencoder that reproduces training images at {autoencoder_psnr:.1f} dB. Muon and AdamW,
-velocity prediction on a shifted cosine schedule whose last step is pure noise, average of the weights with decay {ema}.
+(training alone), after an autoencoder that reproduces training images at {autoencoder_psnr:.1f} dB with colours that are
+{colour_error:.0%} off. Muon and AdamW, velocity prediction on a shifted cosine schedule whose last step is pure noise, average of the weights with decay {ema}.
 The UNet, the adapter and the image encoder are stored in eight bits.
 `scripts/render_training_views.py` and `scripts/train_mini.py` make it from the data below; the record of the run is in
 `benchmarks/results/`, what was tried in `docs/training-log.md`.
@@ -120,11 +121,12 @@ def main() -> None:
         ema=metrics["config"]["ema_decay"],
         device=metrics["device"],
         autoencoder_psnr=metrics["autoencoder"]["psnr"],
+        colour_error=metrics["autoencoder"]["colour_error"],
         train_count=len(index),
         val_count=len(bank),
         procedural=metrics["procedural"] * max(processes - 1, 1),
         shown_steps=arguments.shown_steps,
-        remarks=arguments.remarks,
+        remarks=textwrap.fill(arguments.remarks, 120),
     )
     (arguments.output / "README.md").write_text(card)
 
