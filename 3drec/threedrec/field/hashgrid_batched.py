@@ -17,6 +17,9 @@ from torch.autograd.function import once_differentiable
 
 from threedrec.field.hashgrid import PRIMES, Level
 
+MOST_CORNERS = 2**24
+"""Corners of cells looked up at a time."""
+
 
 class Pyramid(NamedTuple):
     """The numbers of L levels as tensors; dense levels come first."""
@@ -77,6 +80,12 @@ def _all_weights(near_far: Tensor, pyramid: Pyramid, jacobian: bool) -> list[Flo
     return [_product(x, y, z), _product(slope, y, z), _product(x, slope, z), _product(x, y, slope)]
 
 
+def _chunks(points: Tensor, levels: int) -> list[slice]:
+    """Divide the points so that temporaries stay below a gigabyte."""
+    size = max(1, MOST_CORNERS // (8 * levels))
+    return [slice(start, start + size) for start in range(0, len(points), size)] or [slice(0, 0)]
+
+
 class _EncodeLevels(torch.autograd.Function):
     """Features (N, LF) and, with ``jacobian``, their slopes (3, N, LF); differentiable once, in the table only."""
 
@@ -85,46 +94,66 @@ class _EncodeLevels(torch.autograd.Function):
         ctx: Any, points: Tensor, table: Tensor, levels: Sequence[Level], jacobian: bool
     ) -> Tensor | tuple[Tensor, Tensor]:
         pyramid = _pyramid(tuple(levels), points.device)
-        rows, near_far = _locate(points, pyramid)
-        corners = table[rows.long()]
-        sums = [
-            (weights[..., None] * corners).sum(dim=1).transpose(0, 1).flatten(1)
-            for weights in _all_weights(near_far, pyramid, jacobian)
-        ]
-        ctx.save_for_backward(rows, near_far)
+        parts: list[list[Tensor]] = []
+        for chunk in _chunks(points, len(levels)):
+            rows, near_far = _locate(points[chunk], pyramid)
+            corners = table[rows.long()]
+            parts.append(
+                [
+                    (weights[..., None] * corners).sum(dim=1).transpose(0, 1).flatten(1)
+                    for weights in _all_weights(near_far, pyramid, jacobian)
+                ]
+            )
+        sums = [torch.cat(part) for part in zip(*parts, strict=True)]
+        # Rows and weights are made again in the backward pass: kept, they would take a hundred times the points.
+        ctx.save_for_backward(points)
         ctx.pyramid, ctx.table_shape, ctx.jacobian = pyramid, table.shape, jacobian
         return (sums[0], torch.stack(sums[1:])) if jacobian else sums[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        rows, near_far = ctx.saved_tensors
+        (points,) = ctx.saved_tensors
+        pyramid, levels = ctx.pyramid, len(ctx.pyramid.rows)
         grads = [grad_outputs[0], *grad_outputs[1]] if ctx.jacobian else [grad_outputs[0]]
-        pushed = near_far.new_zeros(*rows.shape, ctx.table_shape[1])
-        for grad, weights in zip(grads, _all_weights(near_far, ctx.pyramid, ctx.jacobian), strict=True):
-            by_level = grad.unflatten(1, (len(rows), -1)).transpose(0, 1)
-            pushed += weights[..., None] * by_level[:, None]
-        return None, add_rows(pushed.flatten(0, 2), rows.flatten(), ctx.table_shape[0], 8 * rows.shape[2]), None, None
+        # A weight is at most 1, a slope at most the scale of the finest level.
+        largest = [grad.abs().amax() if grad.numel() else grad.new_zeros(()) for grad in grads]
+        bound = largest[0] + pyramid.scale.amax() * sum(largest[1:])
+        sums = FixedPointSums(ctx.table_shape, bound, 8 * len(points), points.device)
+        for chunk in _chunks(points, levels):
+            rows, near_far = _locate(points[chunk], pyramid)
+            pushed = near_far.new_zeros(*rows.shape, ctx.table_shape[1])
+            for grad, weights in zip(grads, _all_weights(near_far, pyramid, ctx.jacobian), strict=True):
+                by_level = grad[chunk].unflatten(1, (levels, -1)).transpose(0, 1)
+                pushed += weights[..., None] * by_level[:, None]
+            sums.add(pushed.flatten(0, 2), rows.flatten())
+        return None, sums.values(grads[0].dtype), None, None
 
 
-def add_rows(values: Float[Tensor, "M F"], rows: Int[Tensor, " M"], count: int, most: int) -> Float[Tensor, "count F"]:
-    """Return for each row the sum of the values that belong to it, the same whatever the order of addition.
+class FixedPointSums:
+    """Sums of many values into few rows that are the same whatever the order of addition.
 
     Args:
-        values: what to add.
-        rows: where.
-        count: how many rows there are.
-        most: no row gets more values than this; it decides how many bits a single value may take.
+        shape: rows and columns.
+        bound: no value is larger than this; a tensor, so that nothing waits for the device.
+        most: no row gets more values than this. With ``bound`` it decides how fine the fixed point can be.
+        device: where the sums are kept.
     """
-    bits = 62 - (most + 1).bit_length()
-    # A power of two, so that scaling is exact; all values zero leave it at any finite number.
-    exponent = bits - torch.log2(values.abs().amax().double().clamp_min(1e-30)).ceil()
-    scale = torch.exp2(exponent)
-    whole = (values.double() * scale).round().long()
-    sums = torch.zeros(count, values.shape[1], dtype=torch.long, device=values.device)
-    with _any_order():
-        sums.index_add_(0, rows, whole)
-    return (sums.double() / scale).to(values.dtype)
+
+    def __init__(self, shape: tuple[int, int], bound: Float[Tensor, ""], most: int, device: torch.device) -> None:
+        bits = 61 - (most + 1).bit_length()
+        # A power of two, so that scaling is exact; where all values are zero any finite number will do.
+        self._scale = torch.exp2(bits - torch.log2(bound.double().clamp_min(1e-30)).ceil())
+        self._sums = torch.zeros(shape, dtype=torch.long, device=device)
+
+    def add(self, values: Float[Tensor, "M F"], rows: Int[Tensor, " M"]) -> None:
+        """Add each value to its row."""
+        with _any_order():
+            self._sums.index_add_(0, rows, (values.double() * self._scale).round().long())
+
+    def values(self, dtype: torch.dtype) -> Float[Tensor, "rows F"]:
+        """The sums so far; not numbers where the bound was none."""
+        return (self._sums.double() / self._scale).to(dtype)
 
 
 @contextmanager
