@@ -186,7 +186,7 @@ class Pretrainer:
     def __init__(self, model: NVSModel, data: list[LatentBank], config: Pretraining) -> None:
         self.model, self.config = model.train().requires_grad_(True), config
         # Convolutions in half precision want channels last on a GPU, and would change the format around each of them.
-        model.network.to(memory_format=torch.channels_last)
+        model.network.unet.to(memory_format=torch.channels_last)
         model.vae.requires_grad_(False).eval()
         model.network.adapter.freeze_inert()
         if model.text_context.shape[1] == 1:
