@@ -113,7 +113,14 @@ def test_points_in_several_chunks_give_the_same(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(hashgrid_batched, "MOST_CORNERS", 8 * len(LEVELS) * 7)
     for one, other in zip(both(), whole, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
-    assert encode_batched(x[:0], rows, LEVELS).shape == (0, 8)
+
+
+def test_no_points_have_no_features_and_no_gradient():
+    rows = table().requires_grad_(True)
+    features, slopes = encode_batched_with_jacobian(points()[:0], rows, LEVELS)
+    assert features.shape == (0, 8) and slopes.shape == (0, 8, 3)
+    (grad,) = torch.autograd.grad(features.sum() + slopes.sum(), rows)
+    assert torch.equal(grad, torch.zeros_like(rows))
 
 
 def row_sums(values: Tensor, rows: Tensor, count: int) -> Tensor:
