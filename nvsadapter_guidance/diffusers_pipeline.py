@@ -20,13 +20,20 @@ from nvsadapter_guidance.adapter_model import AdapterModel
 from nvsadapter_guidance.cameras import camera_convention, with_pose_convention
 from nvsadapter_guidance.encoders import PromptEncoder
 from nvsadapter_guidance.errors import InputError
-from nvsadapter_guidance.images import check_output_type, convert_views, support_tensor
+from nvsadapter_guidance.images import (
+    check_image_size,
+    check_output_type,
+    convert_views,
+    native_image_size,
+    support_tensor,
+)
 from nvsadapter_guidance.model import NVSModel, NVSModelConfig
 from nvsadapter_guidance.pipeline import Poses, prepare, view_poses
 from nvsadapter_guidance.sampling import SamplingOptions, decode_views, sample_latents
 from nvsadapter_guidance.saved_pipeline import DOWNLOAD_OPTIONS, check_tensor_names, holds_pipeline, is_hub_id
 from nvsadapter_guidance.schedulers import build_scheduler
 from nvsadapter_guidance.unet import MultiViewUNet
+from nvsadapter_guidance.weight_files import locate
 
 
 class NVSAdapterPipeline(DiffusionPipeline):
@@ -39,6 +46,10 @@ class NVSAdapterPipeline(DiffusionPipeline):
     (``pipeline.scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config)``), and the methods of every
     diffusers pipeline work: ``to``, ``enable_model_cpu_offload``, ``enable_sequential_cpu_offload``,
     ``save_pretrained``. The adapter takes part in every network call and is therefore never offloaded.
+
+    Only a pipeline that was loaded from a released checkpoint, or from an adapter with its base model, understands
+    prompts: ``save_pretrained`` writes the tokens of the empty prompt and leaves the text encoder out. A pipeline
+    loaded from there ignores a prompt with a warning.
 
     Args:
         vae, image_encoder, unet: networks; the adapter joins the UNet here.
@@ -113,6 +124,8 @@ class NVSAdapterPipeline(DiffusionPipeline):
             InputError: the weights are missing, damaged or not known.
         """
         name = os.fspath(pretrained_model_name_or_path)
+        if name not in weights.KEYWORDS and (place := locate(name)).exists():
+            name = str(place)
         if not is_hub_id(name) and not holds_pipeline(Path(name)):
             dtype = options.pop("dtype", None) or options.pop("torch_dtype", None)
             return cls.from_model(weights.load_model(name, dtype=dtype, **options))
@@ -143,7 +156,7 @@ class NVSAdapterPipeline(DiffusionPipeline):
     @property
     def native_image_size(self) -> int | None:
         """Side of the only images that the model knows, in pixels; None where any multiple of 64 or so works."""
-        return None if self._config.image_preprocessing == "clip" else self._config.image_size
+        return native_image_size(self._config)
 
     def to(self, *args: Any, **options: Any) -> "NVSAdapterPipeline":
         """Move to a device, or change the precision of the networks.
@@ -208,7 +221,9 @@ class NVSAdapterPipeline(DiffusionPipeline):
         options = SamplingOptions(num_inference_steps, guidance_scale, num_query, rotating_groups, groups_per_call)
         model, device = self.model, self._execution_device
         model.config = self._config_for(image_size)
-        poses = view_poses(elevations, azimuths, distances, model.config.distance, device)
+        degrees = _numbers("elevations", elevations), _numbers("azimuths", azimuths)
+        places = None if distances is None else _numbers("distances", distances)
+        poses = view_poses(*degrees, places, model.config.distance, device)
         pixels = support_tensor(image, model.config.image_size).to(device)
         generator = _generator_on(device, generator)
         conditions = prepare(model, pixels, _support_pose(model.config.distance, device), generator, prompt)
@@ -228,14 +243,8 @@ class NVSAdapterPipeline(DiffusionPipeline):
         return ImagePipelineOutput(images=result) if return_dict else (result,)
 
     def _config_for(self, image_size: int | None) -> NVSModelConfig:
-        size, native = image_size or self._config.image_size, self.native_image_size
-        if native is not None and size != native:
-            raise InputError(
-                f"image_size is {size}; the {self._config.name} model makes views of {native} pixels alone"
-            )
-        stride = self._shell.latent_stride * 2 ** (len(self.unet.config.block_out_channels) - 1)
-        if size < stride or size % stride:
-            raise InputError(f"image_size is {size}; use a multiple of {stride}")
+        size = image_size or self._config.image_size
+        check_image_size(size, self._config)
         return dataclasses.replace(self._config, image_size=size)
 
 
@@ -244,8 +253,17 @@ def _support_pose(distance: float, device: torch.device) -> Poses:
     return Poses(zero, zero, torch.full((1,), distance, device=device))
 
 
+def _numbers(name: str, values: Any) -> list[float]:
+    try:
+        return [float(value) for value in values]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name}: give a list of numbers, one per view ({error})") from error
+
+
 def _generator_on(device: torch.device, generator: torch.Generator | None) -> torch.Generator:
     """The generator itself where it is of the device, else one seeded from it (or from torch's global one)."""
+    if not isinstance(generator, torch.Generator | None):
+        raise InputError(f"generator: is of type {type(generator).__name__}; give one torch.Generator for all views")
     if generator is not None and generator.device.type == device.type:
         return generator
     where = "cpu" if generator is None else generator.device

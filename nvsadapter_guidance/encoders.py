@@ -12,11 +12,13 @@ from typing import List
 
 import torch
 import torch.nn.functional as F
+from huggingface_hub import hf_hub_download
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from nvsadapter_guidance.errors import InputError
+from nvsadapter_guidance.weight_files import hub_cache
 
 TOKENIZER = "openai/clip-vit-large-patch14"
 """Where the vocabulary of all CLIP text towers used here is published."""
@@ -75,19 +77,39 @@ class PromptEncoder:
         return torch.tensor([ids + [config.pad_token_id] * (length - len(ids))])
 
     def _words(self, prompt: str) -> List[int]:
+        advice = (
+            f"set {TOKENIZER_VARIABLE} to a folder with vocab.json and merges.txt, or use the empty prompt, which "
+            "needs none"
+        )
         try:
-            tokenizer = CLIPTokenizer.from_pretrained(self.tokenizer, local_files_only=not _may_download())
-        except (OSError, ValueError, TypeError) as error:
+            # From files that are there: without any, transformers makes a tokenizer of two words and says nothing.
+            files = [_vocabulary_file(self.tokenizer, name) for name in ("vocab.json", "merges.txt")]
+            tokenizer = CLIPTokenizer.from_pretrained(files[0].parent, local_files_only=True)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise InputError(f"prompt '{prompt}': no CLIP tokenizer at '{self.tokenizer}'; {advice}") from error
+        config = self.text_model.config
+        words = len(tokenizer), tokenizer.bos_token_id, tokenizer.eos_token_id
+        if words != (config.vocab_size, config.bos_token_id, config.eos_token_id):
             raise InputError(
-                f"prompt '{prompt}': no CLIP tokenizer at '{self.tokenizer}'; set {TOKENIZER_VARIABLE} to a folder "
-                "with vocab.json and merges.txt, or use the empty prompt, which needs none"
-            ) from error
+                f"prompt '{prompt}': the tokenizer at '{self.tokenizer}' has other words ({len(tokenizer)}) than the "
+                f"text encoder ({config.vocab_size}); {advice}"
+            )
         return tokenizer(prompt, add_special_tokens=False).input_ids
 
     @classmethod
     def tokenizer_beside(cls, folder: Path) -> str | None:
         """The tokenizer of a diffusers folder, if it has one."""
         return str(folder / "tokenizer") if (folder / "tokenizer" / "vocab.json").is_file() else None
+
+
+def _vocabulary_file(tokenizer: str, name: str) -> Path:
+    """One of a tokenizer's files in a folder or, for a hub id, in the cache or from the hub."""
+    folder = Path(tokenizer).expanduser()
+    if folder.is_dir():
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} does not exist")
+        return folder / name
+    return Path(hf_hub_download(tokenizer, name, cache_dir=hub_cache(), local_files_only=not _may_download()))
 
 
 def _may_download() -> bool:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nvsadapter_guidance import diffusion
 from nvsadapter_guidance.errors import InputError
+from nvsadapter_guidance.memory import MemoryPlan
 from nvsadapter_guidance.model import NVSModel
 from nvsadapter_guidance.pipeline import Poses, SupportConditions, guided_prediction, predict_clean, prepare
 
@@ -18,8 +19,14 @@ class Distillation:
 
     loss: Float[Tensor, ""]
     """Surrogate whose gradient in the latents is the SDS gradient divided by the number of views."""
-    gradient_norm: float | Tensor
+    gradient: Float[Tensor, "groups views C h w"]
+    """The SDS gradient on the latents, float32."""
     timesteps: Int[Tensor, " groups"]
+
+    @property
+    def gradient_norm(self) -> Float[Tensor, ""]:
+        """Of all views together."""
+        return self.gradient.norm()
 
 
 class ScoreDistillation:
@@ -30,6 +37,11 @@ class ScoreDistillation:
         guidance_scale: of classifier-free guidance.
         num_query: views judged together; None for as many as the model was trained with.
         max_norm: entries of the latents' gradient are clipped to this size; None for no clipping.
+        memory: how much is done at a time; sets ``model.pixels_per_call``.
+
+    The network runs in the model's precision (`NVSModel.to`). Everything around it is in float32: the autoencoder and
+    the gradient through it, the schedule, the two predictions' difference, and the gradient of score distillation,
+    which is itself the difference of two nearly equal noises.
     """
 
     def __init__(
@@ -38,16 +50,24 @@ class ScoreDistillation:
         guidance_scale: float = 3.0,
         num_query: int | None = None,
         max_norm: float | None = None,
+        memory: MemoryPlan | None = None,
     ) -> None:
         self.model = model
         self.guidance_scale = guidance_scale
         self.num_query = num_query or model.num_query
         self.max_norm = max_norm
+        self.memory = memory or MemoryPlan()
+        model.pixels_per_call = self.memory.pixels_per_call
         self.conditions: SupportConditions | None = None
 
     def prepare(self, image: Float[Tensor, "1 3 H W"], pose: Poses, generator: torch.Generator) -> None:
         """Encode the support image in [-1, 1]; once per object."""
+        encoder = self.model.image_encoder
+        encoder.to(self.model.device)
         self.conditions = prepare(self.model, image, pose, generator)
+        if self.memory.offload_image_encoder and self.model.device.type == "cuda":
+            encoder.to("cpu")
+            torch.cuda.empty_cache()
 
     def __call__(
         self,
@@ -62,7 +82,7 @@ class ScoreDistillation:
             step_range: smallest and largest timestep as shares of the schedule; each group draws its own in between.
 
         Raises:
-            InputError: ``N`` is not a multiple of ``num_query``.
+            InputError: ``N`` is not a multiple of ``num_query``, or the network left the range of float16.
         """
         self._check_count(len(images))
         schedule = self.model.schedule
@@ -74,13 +94,16 @@ class ScoreDistillation:
         with torch.no_grad():
             noisy = schedule.add_noise(latents, noise, timesteps)
             grouped = poses[torch.arange(len(poses)).view(-1, self.num_query)]
-            scale = self.guidance_scale
-            prediction = guided_prediction(self.model, self._prepared(), noisy, timesteps, grouped, scale, generator)
+            prediction = guided_prediction(
+                self.model, self._prepared(), noisy, timesteps, grouped, self.guidance_scale, generator,
+                self.memory.groups_per_call,
+            )  # fmt: skip
+            self._check_range(prediction)
             gradient = diffusion.sds_gradient(
                 latents, noise, timesteps, prediction, schedule.alphas_cumprod, schedule.prediction_type, self.max_norm
             )
         loss = diffusion.sds_loss(latents.flatten(0, 1), gradient.flatten(0, 1))
-        return Distillation(loss, gradient.norm(), timesteps)
+        return Distillation(loss, gradient, timesteps)
 
     @torch.no_grad()
     def preview(
@@ -97,6 +120,7 @@ class ScoreDistillation:
             generator,
             self.guidance_scale,
             self.num_query,
+            self.memory.groups_per_call,
         )
 
     def _prepared(self) -> SupportConditions:
@@ -109,4 +133,12 @@ class ScoreDistillation:
             raise InputError(
                 f"data.random_camera.batch_size: {views} views cannot be judged in groups of {self.num_query}; "
                 f"use a multiple of {self.num_query}"
+            )
+
+    def _check_range(self, prediction: Float[Tensor, "G n C h w"]) -> None:
+        # float32 and bfloat16 have room for every activation; waiting for the device would only cost time there.
+        if self.model.dtype == torch.float16 and not bool(prediction.isfinite().all()):
+            raise InputError(
+                "system.guidance.precision: the network's prediction is not finite in float16, whose values end at "
+                "65504; use bfloat16 or float32"
             )

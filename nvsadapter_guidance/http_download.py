@@ -103,7 +103,7 @@ def fetch(
 
 def _receive(url: str, part: Path, size: int | None, on_progress: OnProgress | None) -> None:
     """One attempt; returns when the file is whole."""
-    response = _open(url, part)
+    response = _open(url, part, size)
     if response is None:
         return
     with response:
@@ -129,7 +129,7 @@ def _receive(url: str, part: Path, size: int | None, on_progress: OnProgress | N
         raise _CutError(f"the connection was cut after {done:,} of {total:,} bytes")
 
 
-def _open(url: str, part: Path) -> Any:
+def _open(url: str, part: Path, size: int | None) -> Any:
     """The server's answer to a request for what is missing; None when nothing is."""
     start = _size(part)
     headers = {"User-Agent": USER_AGENT, "Accept-Encoding": "identity"}
@@ -139,18 +139,46 @@ def _open(url: str, part: Path) -> Any:
         if tag.is_file():
             headers["If-Range"] = tag.read_text()
     try:
-        return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=IDLE_SECONDS)
+        return _ask(url, headers)
     except urllib.error.HTTPError as error:
-        if error.code == 416:
-            if error.headers.get("Content-Range", "") == f"bytes */{start}":
-                return None
-            discard(part)
-            raise _CutError("the server has less of the file than is here") from error
+        if error.code == 416 and start:
+            _check_end(url, part, size, error.headers.get("Content-Range", ""))
+            return None
         if error.code in (408, 429) or error.code >= 500:
             raise _CutError(f"HTTP {error.code} {error.reason}") from error
         raise SourceError(f"HTTP {error.code} {error.reason}") from error
     except urllib.error.URLError as error:
         raise _CutError(f"no connection: {error.reason}") from error
+    except (OSError, http.client.HTTPException) as error:
+        raise _CutError(f"no answer: {error}") from error
+
+
+def _ask(url: str, headers: dict[str, str]) -> Any:
+    return urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=IDLE_SECONDS)
+
+
+def _check_end(url: str, part: Path, size: int | None, answer: str) -> None:
+    """Make sure that ``part`` is whole where nothing comes after it; it is removed only if it is proven too long.
+
+    Args:
+        answer: the server's ``Content-Range``, which should tell the length but may be missing.
+    """
+    told, here = re.fullmatch(r"bytes \*/(\d+)", answer), _size(part)
+    total = int(told[1]) if told else size
+    if total is None:
+        total = _length(url)
+    if total is not None and total < here:
+        discard(part)
+        raise _CutError("the server has less of the file than is here")
+    if total != here:
+        raise SourceError(f"gives nothing after the {here:,} bytes in {part}; remove that file to begin anew")
+
+
+def _length(url: str) -> int | None:
+    """Bytes of the whole file by the beginning of an answer without a range; None where it does not say."""
+    try:
+        with _ask(url, {"User-Agent": USER_AGENT, "Accept-Encoding": "identity"}) as response:
+            return _place(response, 0)[1]
     except (OSError, http.client.HTTPException) as error:
         raise _CutError(f"no answer: {error}") from error
 

@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from nvsadapter_guidance.errors import InputError
+from nvsadapter_guidance.model import NVSModelConfig
 
 OutputType = Literal["pil", "np", "pt", "latent"]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
@@ -63,6 +64,21 @@ def check_output_type(output_type: str) -> None:
     """Raise InputError unless the output type is known."""
     if output_type not in OUTPUT_TYPES:
         raise InputError(f"output_type '{output_type}' is unknown; use one of {', '.join(OUTPUT_TYPES)}")
+
+
+def native_image_size(config: NVSModelConfig) -> int | None:
+    """Side of the only images that a model knows, in pixels; None where any multiple of 64 or so works."""
+    return None if config.image_preprocessing == "clip" else config.image_size
+
+
+def check_image_size(size: int, config: NVSModelConfig, option: str = "image_size") -> None:
+    """Raise InputError, naming ``option``, unless a model makes views of ``size`` pixels."""
+    if native_image_size(config) not in (None, size):
+        raise InputError(f"{option} is {size}; the {config.name} model makes views of {config.image_size} pixels alone")
+    # Every level of the autoencoder and of the UNet but the first halves the sides.
+    stride = 2 ** (len(config.vae["block_out_channels"]) + len(config.unet["block_out_channels"]) - 2)
+    if size < stride or size % stride:
+        raise InputError(f"{option} is {size}; use a multiple of {stride}")
 
 
 def _channels_first(image: Any) -> Float[Tensor, "C H W"]:

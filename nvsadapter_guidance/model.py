@@ -7,23 +7,25 @@ released weights fill the same class at full size.
 import dataclasses
 import json
 import logging
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from nvsadapter_guidance.adapter import NVSAdapter, NVSAdapterConfig
 from nvsadapter_guidance.cameras import camera_convention, look_at
 from nvsadapter_guidance.encoders import PromptEncoder, clip_images
 from nvsadapter_guidance.errors import InputError
+from nvsadapter_guidance.model_config import NVSModelConfig, building, read_config
 from nvsadapter_guidance.quantise import dequantise_state_dict, quantise_state_dict
 from nvsadapter_guidance.schedule import NoiseSchedule
 from nvsadapter_guidance.unet import MultiViewUNet
@@ -35,37 +37,6 @@ WEIGHTS_NAME = "model.safetensors"
 HALF_PRECISION = ("vae.",)
 """Eight bits cost the autoencoder 0.9 dB on training images, and sixteen cost 1.6 MB."""
 MINI_MODEL = Path(__file__).parent / "pretrained" / "mini"
-
-
-@dataclass
-class NVSModelConfig:
-    """What ``config.json`` of a model folder holds."""
-
-    name: str
-    """Short name for people and metrics files."""
-    image_size: int
-    """Side of the square images the model sees, in pixels."""
-    unet: dict[str, Any]
-    """Arguments of ``diffusers.UNet2DConditionModel``."""
-    vae: dict[str, Any]
-    """Arguments of ``diffusers.AutoencoderKL``; its ``scaling_factor`` multiplies latents."""
-    image_encoder: dict[str, Any]
-    """Arguments of ``transformers.CLIPVisionConfig``."""
-    adapter: dict[str, Any]
-    """Arguments of ``NVSAdapterConfig``."""
-    schedule: dict[str, Any] = field(default_factory=dict)
-    """Arguments of ``NoiseSchedule``."""
-    text_tokens: int = 4
-    """How many tokens stand in place of text: learned constants, or those of the empty prompt."""
-    text_encoder: dict[str, Any] = field(default_factory=dict)
-    """Arguments of ``transformers.CLIPTextConfig``; empty where the tokens are learned constants."""
-    image_preprocessing: str = "none"
-    """What happens to images before the image encoder: ``none``, or ``clip`` (`encoders.clip_images`)."""
-    fov_deg: float = 49.1
-    distance: float = 1.5
-    """Camera distance of the training views, in object diameters (objects have radius 0.5)."""
-    unconditional_support: str = "zeros"
-    """What replaces the support latents of unconditional samples: ``zeros``, or ``noise`` as released."""
 
 
 class NVSModel(nn.Module):
@@ -87,6 +58,8 @@ class NVSModel(nn.Module):
         with torch.device("cpu"):  # a table, not a weight: it has values even where weights are yet to come
             self.schedule = NoiseSchedule(**config.schedule)
         self.convention = camera_convention(self.network.adapter.config.camera_convention)
+        self.pixels_per_call: int | None = None
+        """Image pixels that the autoencoder takes at a time, see `memory.MemoryPlan`; None for all of a batch."""
 
     @classmethod
     def blank(cls, config: NVSModelConfig) -> "NVSModel":
@@ -150,8 +123,17 @@ class NVSModel(nn.Module):
     def encode(
         self, images: Float[Tensor, "B 3 H W"], generator: torch.Generator | None = None
     ) -> Float[Tensor, "B C h w"]:
-        """Latents of images at the model's resolution: a sample of the posterior, or its mean without a generator."""
-        posterior = self.vae.encode(images).latent_dist
+        """Latents of images at the model's resolution: a sample of the posterior, or its mean without a generator.
+
+        With more than ``pixels_per_call`` the parts of the batch follow each other, and a backward pass encodes each
+        part again (Chen et al. 2016, arXiv 1604.06174): one part's activations are held at a time, none in between.
+        """
+        parts = images.split(self._images_per_call(images.shape[-2] * images.shape[-1]))
+        if len(parts) > 1 and images.requires_grad and torch.is_grad_enabled():
+            moments = [checkpoint(self._moments, p, use_reentrant=False, preserve_rng_state=False) for p in parts]
+        else:
+            moments = [self._moments(part) for part in parts]
+        posterior = DiagonalGaussianDistribution(torch.cat(moments))
         latents = posterior.mean
         if generator is not None:
             noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)
@@ -160,7 +142,17 @@ class NVSModel(nn.Module):
 
     def decode(self, latents: Float[Tensor, "B C h w"]) -> Float[Tensor, "B 3 H W"]:
         """Images of latents, clamped to [-1, 1]."""
-        return self.vae.decode(latents / self.vae.config.scaling_factor).sample.clamp(-1.0, 1.0)
+        pixels = latents.shape[-2] * latents.shape[-1] * self.latent_stride**2
+        parts = (latents / self.vae.config.scaling_factor).split(self._images_per_call(pixels))
+        return torch.cat([self.vae.decode(part).sample.clamp(-1.0, 1.0) for part in parts])
+
+    def _moments(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 2C h w"]:
+        """Mean and logarithmic variance of the autoencoder's posterior."""
+        return self.vae.encode(images).latent_dist.parameters
+
+    def _images_per_call(self, pixels: int) -> int:
+        """How many images of so many pixels the autoencoder takes at a time."""
+        return 2**31 if self.pixels_per_call is None else max(1, self.pixels_per_call // pixels)
 
     def text_tokens(self, prompt: str = "") -> Float[Tensor, "1 tokens dim"]:
         """What stands for the text of a prompt, in the network's precision; of the empty one it was computed once.
@@ -224,39 +216,14 @@ class NVSModel(nn.Module):
             packed = load_file(weights)
         except (SafetensorError, OSError) as error:
             raise InputError(f"{weights}: not a readable safetensors file ({error}); copy it again") from error
-        model = cls(config)
-        state = dequantise_state_dict(packed, str(weights))
+        with building(str(folder / CONFIG_NAME)):
+            model = cls(config)
         try:
-            model.load_state_dict(state, strict=True)
+            model.load_state_dict(dequantise_state_dict(packed, str(weights)), strict=True)
         except RuntimeError as error:
             first = str(error).splitlines()[1].strip() if "\n" in str(error) else str(error)
             raise InputError(f"{weights}: does not fit {CONFIG_NAME} beside it: {first}") from error
         return model.eval().requires_grad_(False)
-
-
-_REQUIRED = ("name", "image_size", "unet", "vae", "image_encoder", "adapter")
-
-
-def read_config(path: Path) -> NVSModelConfig:
-    """The configuration in a JSON file.
-
-    Raises:
-        InputError: the file is missing, is not JSON, or has an unknown or a missing key.
-    """
-    try:
-        values = json.loads(path.read_text())
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}); is this a model folder?") from error
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: not valid JSON (line {error.lineno}); copy the file again") from error
-    known = {f.name for f in dataclasses.fields(NVSModelConfig)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise InputError(f"{path}: unknown key '{unknown[0]}'; known keys are {', '.join(sorted(known))}")
-    missing = sorted(known.intersection(_REQUIRED) - set(values))
-    if missing:
-        raise InputError(f"{path}: key '{missing[0]}' is missing; copy the file again")
-    return NVSModelConfig(**values)
 
 
 def fill_position_ids(tower: nn.Module) -> None:

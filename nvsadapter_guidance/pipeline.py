@@ -133,12 +133,39 @@ def guided_prediction(
     poses: Poses,
     guidance_scale: float,
     generator: torch.Generator,
+    groups_per_call: int | None = None,
 ) -> Float[Tensor, "G n C h w"]:
     """The network's prediction (noise or velocity) for groups of views, with classifier-free guidance.
 
     Ho & Salimans 2022 (arXiv 2207.12598), Eq. 6 in the form ``u + s (c - u)``. ``poses`` are ``(G, n)``. Whatever
-    precision the network runs in, its predictions are combined in that of ``noisy``.
+    precision the network runs in, the difference of its predictions is formed in float32 at least.
+
+    Args:
+        groups_per_call: groups in one network call, which need not divide G; None for all. Fewer need less memory.
     """
+    latents = conditions.latents.expand(len(noisy), -1, -1, -1, -1)
+    # Drawn for all groups at once, so that the draw does not depend on how the groups are divided.
+    noise = latents if guidance_scale == 1.0 else model.unconditional_support_latents(latents, generator)
+    step = groups_per_call or len(noisy)
+    parts = [slice(first, first + step) for first in range(0, len(noisy), step)]
+    return torch.cat(
+        [
+            _guided_call(model, conditions, noisy[part], timesteps[part], poses[part], guidance_scale, noise[part])
+            for part in parts
+        ]
+    )
+
+
+def _guided_call(
+    model: NVSModel,
+    conditions: SupportConditions,
+    noisy: Float[Tensor, "G n C h w"],
+    timesteps: Int[Tensor, " G"],
+    poses: Poses,
+    guidance_scale: float,
+    unconditional_latents: Float[Tensor, "G 1 C h w"],
+) -> Float[Tensor, "G n C h w"]:
+    """`guided_prediction` in one network call."""
     groups = noisy.shape[0]
     with_support = [
         torch.cat([support.expand(groups, 1), query], dim=1)
@@ -152,22 +179,17 @@ def guided_prediction(
     # Guidance at scale 1 is the conditional prediction alone.
     branches = [False] if guidance_scale == 1.0 else [True, False]
     batch = groups * len(branches)
-    mask = torch.tensor(branches, device=noisy.device).repeat_interleave(groups)
-    support = conditions.latents.expand(batch, -1, -1, -1, -1)
-    noise = support[:groups]
-    if True in branches:
-        noise = model.unconditional_support_latents(noise, generator)
     prediction = model.network(
         noisy.repeat(len(branches), 1, 1, 1, 1),
         timesteps.repeat(len(branches)),
         conditions.text_context.expand(batch, -1, -1),
         conditions.image_context.expand(batch, -1, -1),
         rays.repeat(len(branches), 1, 1, 1, 1),
-        support,
-        ucg_mask=mask,
-        unconditional_support_latents=noise.repeat(len(branches), 1, 1, 1, 1),
-        support_cache=_support_cache(model, conditions, branches, noise),
-    ).to(noisy.dtype)
+        conditions.latents.expand(batch, -1, -1, -1, -1),
+        ucg_mask=torch.tensor(branches, device=noisy.device).repeat_interleave(groups),
+        unconditional_support_latents=unconditional_latents.repeat(len(branches), 1, 1, 1, 1),
+        support_cache=_support_cache(model, conditions, branches, unconditional_latents),
+    ).to(torch.promote_types(noisy.dtype, torch.float32))
     if len(branches) == 1:
         return prediction
     unconditional, conditional = prediction.chunk(2)
@@ -184,10 +206,12 @@ def predict_clean(
     generator: torch.Generator,
     guidance_scale: float,
     num_query: int | None = None,
+    groups_per_call: int | None = None,
 ) -> Float[Tensor, "V 3 H W"]:
     """One-step denoising: noise ``images`` to a share of the schedule in (0, 1] and return the clean prediction.
 
-    Views are denoised in groups of ``num_query``, by default as many as the model was trained with.
+    Views are denoised in groups of ``num_query``, by default as many as the model was trained with, and
+    ``groups_per_call`` of them at a time (None: all).
     """
     size, count = num_query or model.num_query, len(poses)
     order = torch.arange(-(-count // size) * size) % count
@@ -197,6 +221,6 @@ def predict_clean(
     noise = torch.randn(latents.shape, generator=generator, device=model.device)
     noisy = model.schedule.add_noise(latents, noise, t)
     grouped = poses[order.view(-1, size)]
-    prediction = guided_prediction(model, conditions, noisy, t, grouped, guidance_scale, generator)
+    prediction = guided_prediction(model, conditions, noisy, t, grouped, guidance_scale, generator, groups_per_call)
     clean, _ = model.schedule.split(noisy, prediction, t)
     return model.decode(clean.flatten(0, 1)[:count])

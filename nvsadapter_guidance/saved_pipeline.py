@@ -17,17 +17,25 @@ DOWNLOAD_OPTIONS = ("cache_dir", "force_download", "local_files_only", "revision
 _CHECKPOINT_SUFFIXES = (".ckpt", ".safetensors", ".bin", ".pt", ".pth")
 
 
+def saved_config(folder: Path) -> NVSModelConfig:
+    """The configuration of a saved pipeline's model.
+
+    Raises:
+        InputError: it is missing, damaged or of another version.
+    """
+    try:
+        return NVSModelConfig(**json.loads((folder / MODEL_INDEX).read_text(encoding="utf-8"))["model_config"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / MODEL_INDEX}: model_config is missing or of another version ({error})") from error
+
+
 def check_tensor_names(folder: Path) -> None:
     """Make sure that every component's file holds exactly its tensors; diffusers draws missing ones at random.
 
     Raises:
         InputError: names the folder and the first tensor that is missing or surplus.
     """
-    try:
-        config = json.loads((folder / MODEL_INDEX).read_text(encoding="utf-8"))["model_config"]
-        blank = NVSModel.blank(NVSModelConfig(**config))
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{folder / MODEL_INDEX}: model_config is missing or of another version ({error})") from error
+    blank = NVSModel.blank(saved_config(folder))
     parts = {"vae": blank.vae, "image_encoder": blank.image_encoder, "unet": blank.network.unet}
     for name, module in {**parts, "adapter": AdapterModel.of(blank)}.items():
         files, wanted = sorted((folder / name).glob("*.safetensors")), set(module.state_dict())

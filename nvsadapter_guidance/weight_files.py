@@ -146,7 +146,8 @@ def find_weight_file(name: str) -> Path | None:
     for folder in checkpoint_folders():
         if (folder / name).is_file():
             return folder / name
-    return next(iter(sorted(hub_cache().glob(f"models--*/snapshots/*/{name}"))), None)
+    cached = sorted(hub_cache().glob(f"models--*/snapshots/*/{name}"))
+    return next((file for file in cached if file.is_file()), None)
 
 
 def locate(path: str | Path) -> Path:

@@ -1,18 +1,19 @@
 """Which weights to use, and what to say when they are missing."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from nvsadapter_guidance.cameras import with_pose_convention
-from nvsadapter_guidance.checkpoints.adapter_folder import adapter_folder
+from nvsadapter_guidance.checkpoints.adapter_folder import adapter_config, adapter_folder
 from nvsadapter_guidance.checkpoints.loading import load_adapter, load_released
 from nvsadapter_guidance.checkpoints.parts import OnBytes
+from nvsadapter_guidance.checkpoints.reading import TensorFile
+from nvsadapter_guidance.checkpoints.released_config import config_beside, released_config
 from nvsadapter_guidance.errors import InputError
-from nvsadapter_guidance.model import CONFIG_NAME, MINI_MODEL, NVSModel
-from nvsadapter_guidance.saved_pipeline import MODEL_INDEX, holds_pipeline
+from nvsadapter_guidance.model import CONFIG_NAME, MINI_MODEL, NVSModel, NVSModelConfig, read_config
+from nvsadapter_guidance.saved_pipeline import holds_pipeline, saved_config
 from nvsadapter_guidance.weight_files import (
     RELEASED_CHECKPOINT,
     RELEASED_CONFIG,
@@ -22,6 +23,9 @@ from nvsadapter_guidance.weight_files import (
     find_weight_file,
     locate,
 )
+
+KEYWORDS = ("auto", "mini", "released")
+"""What may stand in place of a path, see `load_model`."""
 
 
 @dataclass
@@ -59,7 +63,8 @@ def choose_weights(pretrained: str) -> WeightsChoice:
     if (path / CONFIG_NAME).is_file():
         return WeightsChoice("mini", path, f"model folder {path}")
     if holds_pipeline(path):
-        return WeightsChoice(_family_of_pipeline(path), path, f"saved pipeline {path}")
+        family = "released" if saved_config(path).unconditional_support == "noise" else "mini"
+        return WeightsChoice(family, path, f"saved pipeline {path}")
     if adapter_folder(path) is not None:
         return WeightsChoice("released", path, f"adapter {path} with its base model")
     if path.is_file():
@@ -68,9 +73,32 @@ def choose_weights(pretrained: str) -> WeightsChoice:
     if known is not None:
         raise InputError(f"{pretrained}: no such file; get it with: 3drec weights download {known}")
     raise InputError(
-        f"system.guidance.pretrained: no weights at '{pretrained}'; use auto, mini, released, a model folder with "
-        f"{CONFIG_NAME}, a folder with an adapter, or a checkpoint file"
+        f"weights: none at '{pretrained}'; use auto, mini, released, a model folder with {CONFIG_NAME}, a folder with "
+        "an adapter, or a checkpoint file"
     )
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether weights are a released checkpoint's, which has a YAML file and both raw and averaged weights."""
+    return path.is_file() and adapter_folder(path) is None
+
+
+def model_config(path: Path, config: str | None = None) -> NVSModelConfig:
+    """The configuration of the weights at a path of :func:`choose_weights`; no tensor is read.
+
+    Args:
+        config: as for `load_model`.
+
+    Raises:
+        InputError: a file is damaged or of another model.
+    """
+    if (path / CONFIG_NAME).is_file():
+        return read_config(path / CONFIG_NAME)
+    if holds_pipeline(path):
+        return saved_config(path)
+    if (folder := adapter_folder(path)) is not None:
+        return adapter_config(folder)
+    return released_config(TensorFile(path), str(path), config_beside(path) if config is None else Path(config))
 
 
 def load_model(
@@ -118,12 +146,6 @@ def load_model(
     return model.to(device=torch.device(device), dtype=dtype or torch.float32)
 
 
-def _family_of_pipeline(path: Path) -> str:
-    """``mini`` or ``released``, by what its weights were trained to see in place of an unconditional support view."""
-    config = json.loads((path / MODEL_INDEX).read_text(encoding="utf-8")).get("model_config", {})
-    return "released" if config.get("unconditional_support") == "noise" else "mini"
-
-
 def _load_pipeline(path: Path) -> NVSModel:
     from nvsadapter_guidance.diffusers_pipeline import NVSAdapterPipeline  # it imports this module
 
@@ -138,7 +160,7 @@ def _choose_released(required: bool) -> WeightsChoice:
     if required:
         folders = ", ".join(str(folder) for folder in checkpoint_folders())
         raise InputError(
-            f"system.guidance.pretrained: released weights not found in {folders} or the Hugging Face cache; "
+            f"weights: the released ones are not in {folders} or the Hugging Face cache; "
             f"needed are {missing}; get them with: {download_commands()}"
         )
     reason = f"embedded mini model; no {RELEASED_CHECKPOINT} found, get it with: {download_commands()}"

@@ -50,9 +50,10 @@ and 30; `python scripts/validate_mini.py --validation data/views/val.tar` prints
 ## Training
 
 {steps} steps of {samples} samples (1 support and 4 query views each), {minutes:.1f} minutes on {processes} x {device}
-(training alone), after an autoencoder that reproduces training images at {autoencoder_psnr:.1f} dB with colours that are
-{colour_error:.0%} off. Muon and AdamW, velocity prediction on a shifted cosine schedule whose last step is pure noise, average of the weights with decay {ema}.
-The UNet, the adapter and the image encoder are stored in eight bits.
+(training alone), after an autoencoder that reproduces training images at {autoencoder_psnr:.1f} dB with colours
+that are {colour_error:.0%} off. Muon and AdamW, velocity prediction on a shifted cosine schedule whose last step is
+pure noise, average of the weights with decay {ema}. The UNet, the adapter and the image encoder are stored in eight
+bits.
 `scripts/render_training_views.py` and `scripts/train_mini.py` make it from the data below; the record of the run is in
 `benchmarks/results/`, what was tried in `docs/training-log.md`.
 

@@ -46,7 +46,7 @@ WORST_COLOUR_ERROR = 0.4
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--views", type=Path, required=True, help="training views (.tar of render_training_views.py)")
+    parser.add_argument("--views", type=Path, nargs="+", required=True, help="training views (.tar, one or several)")
     parser.add_argument("--validation", type=Path, required=True, help="validation views (.tar)")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for weights, state and metrics")
     parser.add_argument("--config", type=Path, default=ROOT / "configs/mini/model.json", help="shape of the model")
@@ -156,7 +156,7 @@ def prepare_training(
     arguments: argparse.Namespace, device: torch.device, config: Pretraining, metrics: dict[str, Any]
 ) -> Pretrainer:
     """Load the views, train or load the autoencoder, encode everything, restore the state."""
-    banks = [load_tar(arguments.views).to(device)]
+    banks = [load_tar(path).to(device) for path in arguments.views]
     model = build_model(arguments, device)
     if arguments.procedural and (RANK > 0 or WORLD == 1):
         banks.append(procedural_bank(arguments.procedural, device))
@@ -175,7 +175,7 @@ def prepare_training(
         share_autoencoder(model)
     config.seed += 1000 * RANK
     start = time.perf_counter()
-    trainer = Pretrainer(model, encode_banks(model, banks, config), config)
+    trainer = Pretrainer(model, encode_banks(model, banks, config, pooled=len(arguments.views)), config)
     log.info("encoded the views in %.1f s", time.perf_counter() - start)
     if arguments.resume:
         trainer.load(state)
@@ -231,7 +231,7 @@ def main() -> None:
     metrics: dict[str, Any] = {"arguments": {k: str(v) for k, v in vars(arguments).items()}}
     if arguments.autoencoder_only:
         model = build_model(arguments, device)
-        scores = train_or_load_autoencoder(arguments, model, [load_tar(arguments.views).to(device)])
+        scores = train_or_load_autoencoder(arguments, model, [load_tar(path).to(device) for path in arguments.views])
         log.info("autoencoder: %s", scores)
         save_autoencoder(model, arguments, scores)
         return

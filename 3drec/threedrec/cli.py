@@ -87,9 +87,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_views_command(commands)
     _add_weights_command(commands)
     _add_doctor_command(commands)
+    batch = _add_batch_command(commands)
+    _add_data_commands(commands)
     options, rest = parser.parse_known_args(arguments)
     if options.command in ("views", "weights", "doctor"):
         return _start_plain(commands.choices[options.command], options, rest)
+    if options.command == "batch":
+        return _start_batch(batch, options, rest)
+    if options.command in ("render", "evaluate"):
+        return _start_data_command(commands.choices[options.command], options, rest)
     chosen = {"run": run, "launch": launch}[options.command]
     return _start(_run_job if options.command == "run" else _launch_job, chosen, options, rest)
 
@@ -162,6 +168,57 @@ def _add_doctor_command(commands: Any) -> None:
     doctor.add_argument("--debug", action="store_true", help="show the traceback of a user's mistake too")
 
 
+def _add_batch_command(commands: Any) -> Parser:
+    from threedrec.batch_command import EXAMPLES, add_arguments
+
+    batch: Parser = commands.add_parser(
+        "batch",
+        help="make meshes from a folder of images, on one machine or a cluster",
+        description="Make a mesh from every image of a folder.",
+        epilog=EXAMPLES,
+    )
+    add_arguments(batch)
+    return batch
+
+
+def _add_data_commands(commands: Any) -> None:
+    from threedrec import evaluate_command, render_command
+
+    render = commands.add_parser(
+        "render",
+        help="views of meshes with their cameras, for training",
+        description="Render meshes into folders of views with their cameras.",
+        epilog=render_command.EXAMPLES,
+    )
+    render_command.add_arguments(render)
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="how good imagined views or reconstructed meshes are",
+        description="Measure imagined views or reconstructed meshes against the truth.",
+        epilog=evaluate_command.EXAMPLES,
+    )
+    evaluate_command.add_arguments(evaluate)
+
+
+def _start_data_command(parser: argparse.ArgumentParser, options: argparse.Namespace, rest: Sequence[str]) -> int:
+    """Run a command that skips what it cannot use, and says so in its exit code."""
+    from threedrec import evaluate_command, render_command
+
+    if rest:
+        parser.error(f"unknown argument {rest[0]}")
+    setup_logging(options.verbose)
+    start = render_command.start if options.command == "render" else evaluate_command.start
+    return start(options, sys.argv)
+
+
+def _start_batch(parser: Parser, options: argparse.Namespace, rest: list[str]) -> int:
+    from threedrec.batch_command import start
+
+    _refuse_options(parser, rest)
+    setup_logging(options.verbose)
+    return start(options, rest)
+
+
 def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", metavar="IMG", help="the photograph (PNG, JPEG or WebP)")
     parser.add_argument("-o", "--output", metavar="DIR", required=True, help="folder for the results")
@@ -194,10 +251,8 @@ def _start(
     options: argparse.Namespace,
     rest: list[str],
 ) -> int:
+    _refuse_options(parser, rest)
     for text in rest:
-        if text.startswith("-"):
-            known = [name for action in parser._actions for name in action.option_strings]
-            parser.error(f"unknown option {text}{nearest(text.split('=')[0], known)}")
         if "=" not in text:
             parser.error(f"'{text}' is no key=value, such as trainer.max_steps=100")
     setup_logging(options.verbose)
@@ -208,6 +263,14 @@ def _start(
         run_job(make(options, rest))
 
     return guarded(command, debug=options.debug, resume_hint=hint)
+
+
+def _refuse_options(parser: argparse.ArgumentParser, rest: Sequence[str]) -> None:
+    """Refuse an option that is unknown, and name the nearest."""
+    for text in rest:
+        if text.startswith("-"):
+            known = [name for action in parser._actions for name in action.option_strings]
+            parser.error(f"unknown option {text}{nearest(text.split('=')[0], known)}")
 
 
 def _start_plain(parser: argparse.ArgumentParser, options: argparse.Namespace, rest: list[str]) -> int:

@@ -55,6 +55,8 @@ def run_job(job: Job) -> Path:
     device = choose_device(job.gpu)
     config = load_config(job.config, job.overrides, values=job.values, device_type=device.type)
     _check_image(config.data.image_path)
+    if job.mode == "train" and config.resume is None:
+        _check_weights(config)
     if config.resume == AUTO or (config.resume is None and job.mode != "train"):
         config.trial_dir = config.trial_dir or _run_of(job.config)
     run_dir = open_run(config, job.mode)
@@ -294,6 +296,16 @@ def _check_image(path: str) -> None:
         raise InputError("data.image_path: no image given; add data.image_path=PHOTO.png")
     if not os.path.isfile(path):
         raise InputError(f"data.image_path: {path}: {'is a folder' if os.path.isdir(path) else 'no such file'}")
+
+
+def _check_weights(config: "ExperimentConfig") -> None:
+    """Refuse missing weights before anything is written; a guidance knows them by ``model_family``."""
+    from threedrec.registry import find
+
+    tell = getattr(find("guidance", config.system.guidance_type), "model_family", None)
+    given = config.system.guidance
+    if tell is not None:
+        tell(getattr(given, "pretrained_model_name_or_path", "") or getattr(given, "pretrained", "auto"))
 
 
 def _record_command(run_dir: Path) -> None:

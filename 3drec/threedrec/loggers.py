@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,17 @@ def file_loggers(run_dir: Path) -> list[Any]:
 class Reporter:
     """Shows how far a stage has come: a bar in a terminal, now and then a line elsewhere."""
 
-    def __init__(self, enabled: bool = True, console: Console | None = None) -> None:
-        """Report to ``console`` (default: stderr); with ``enabled`` false, to the log only."""
+    def __init__(
+        self,
+        enabled: bool = True,
+        console: Console | None = None,
+        listener: Callable[[str, int, int], None] | None = None,
+    ) -> None:
+        """Report to ``console`` (default: stderr); with ``enabled`` false, to the log only.
+
+        ``listener`` is told the stage, the steps that are over, and how many there are.
+        """
+        self.listener = listener
         self.console = console or Console(file=sys.stderr)
         self._bar = enabled and self.console.is_terminal
 
@@ -39,7 +48,7 @@ class Reporter:
     def stage(self, name: str, total: int, done: int = 0) -> Iterator["StageReport"]:
         """Report a stage of ``total`` steps of which ``done`` are over."""
         if not self._bar:
-            yield StageReport(name, total, done, None)
+            yield StageReport(name, total, done, None, self.listener)
             return
         columns = (
             TextColumn("{task.description:<12}"),
@@ -50,15 +59,23 @@ class Reporter:
             TextColumn("{task.fields[losses]}"),
         )
         with Progress(*columns, console=self.console, refresh_per_second=4) as progress:
-            yield StageReport(name, total, done, progress)
+            yield StageReport(name, total, done, progress, self.listener)
 
 
 class StageReport:
     """Progress of one stage."""
 
-    def __init__(self, name: str, total: int, done: int, progress: Progress | None) -> None:
+    def __init__(
+        self,
+        name: str,
+        total: int,
+        done: int,
+        progress: Progress | None,
+        listener: Callable[[str, int, int], None] | None = None,
+    ) -> None:
         self.name, self.total = name, total
         self._progress = progress
+        self._listener = listener
         self._first = done
         self._start = self._last_line = time.monotonic()
         if progress is not None:
@@ -66,6 +83,8 @@ class StageReport:
 
     def update(self, done: int, values: Mapping[str, float]) -> None:
         """Say that ``done`` steps are over, and the losses of the last one."""
+        if self._listener is not None:
+            self._listener(self.name, done, self.total)
         now = time.monotonic()
         rate = (done - self._first) / max(now - self._start, 1e-9)
         shown = "  ".join(f"{name} {value:.4g}" for name, value in list(values.items())[:5])

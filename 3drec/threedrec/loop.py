@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from threedrec.checkpoint import Checkpoint, CheckpointKeeper
 from threedrec.errors import InputError
+from threedrec.host import Interrupted
 from threedrec.loggers import Reporter
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,8 @@ class LoopRunner:
         """What checkpoints keep beside the model and the optimiser."""
         self.before_save: Callable[[], None] = lambda: None
         """Called before a checkpoint is written: what a killed run would otherwise lose."""
+        self.should_stop: Callable[[], bool] = lambda: False
+        """Asked after every step; when true, the loop ends with a checkpoint."""
         self.last_terms: dict[str, float] = {}
 
     def run(self, loop: Loop) -> None:
@@ -72,6 +75,7 @@ class LoopRunner:
 
         Raises:
             DivergenceError: a loss or a gradient is not finite.
+            Interrupted: ``should_stop`` said so.
         """
         with self.reporter.stage(loop.stage, loop.last, loop.first) as report:
             for step in range(loop.first, loop.last):
@@ -84,6 +88,9 @@ class LoopRunner:
                 loop.after(done)
                 if self.keeper.due(done):
                     self.save(loop.stage, done, loop.optimizer)
+                if done < loop.last and self.should_stop():
+                    self.save(loop.stage, done, loop.optimizer)
+                    raise Interrupted
 
     def save(self, stage: str, done: int, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Write a checkpoint after ``done`` steps of ``stage``."""

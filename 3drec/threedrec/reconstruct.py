@@ -16,6 +16,7 @@ from lightning.fabric import Fabric
 
 from threedrec.checkpoint import CheckpointKeeper, load_checkpoint, load_model
 from threedrec.config_schema import ExperimentConfig, SystemConfig
+from threedrec.host import Host, Interrupted
 from threedrec.image import load_support_view, save_support_view
 from threedrec.loggers import Reporter, file_loggers
 from threedrec.lookup import find_path
@@ -38,26 +39,38 @@ class Reconstruction:
 
     Config = SystemConfig
 
-    def __init__(self, config: ExperimentConfig, run_dir: Path, device: torch.device | str) -> None:
+    def __init__(
+        self, config: ExperimentConfig, run_dir: Path, device: torch.device | str, host: Host | None = None
+    ) -> None:
         """Prepare a reconstruction; nothing is loaded or written yet.
 
         Args:
             config: with ``resume`` naming a checkpoint, the run continues (or is evaluated) from there.
             run_dir: the run's folder.
             device: "cpu" or a CUDA device.
+            host: what the process lends (a loaded guidance, the image); by default nothing.
         """
+        self.host = host or Host()
         self.config, self.run_dir, self.device = config, Path(run_dir), torch.device(device)
 
-    def train(self) -> None:
+    def train(self, until: str | None = None) -> None:
         """Do all stages that are not done yet, and end with the turntable and the mesh.
 
+        Args:
+            until: a stage to stop before; resuming from the checkpoint does the rest.
+
         Raises:
+            Interrupted: the host asked to stop; the checkpoint is up to date.
             InputError: the image, the weights, the checkpoint or the output folder cannot be used.
             DivergenceError: the optimisation produced values that are not finite.
         """
         run = self._prepare()
         resumed = run.resumed
         for stage in plan(run):
+            if stage.name == until:
+                break
+            if self.host.stop():
+                raise Interrupted
             if stage.name in run.runner.finished:
                 logger.info("stage %s: done before", stage.name)
                 continue
@@ -114,16 +127,17 @@ class Reconstruction:
                 "trainer.precision=%s: the field computes in float32; half precision is the guidance's own choice",
                 config.trainer.precision,
             )
-        support = load_support_view(config.data, SUPPORT_SIZE).to(self.device)
+        support = (self.host.support or load_support_view(config.data, SUPPORT_SIZE)).to(self.device)
         scene = Scene(config.system, config.seed).to(self.device)
         check_groups(scene.renderer, config.system.optimizer)
         keep = config.checkpoint
         keeper = CheckpointKeeper(self.run_dir / "ckpts", keep.every_n_train_steps, keep.save_last, keep.save_top_k)
-        reporter = Reporter(config.trainer.enable_progress_bar)
+        reporter = Reporter(config.trainer.enable_progress_bar, listener=self.host.progress)
         trainer = config.trainer
         runner = LoopRunner(fabric, scene, keeper, reporter, trainer.log_every_n_steps, trainer.gradient_clip_val)
+        runner.should_stop = self.host.stop
         metrics = metrics or MetricsFile(self.run_dir / "metrics.json")
-        run = Run(config, self.run_dir, fabric, scene, support, metrics, keeper, runner, reporter)
+        run = Run(config, self.run_dir, fabric, scene, support, metrics, keeper, runner, reporter, self.host)
         runner.extra = lambda: {} if run.confidence is None else {"confidence": run.confidence.state_dict()}
         start = config.resume or config.system.weights
         if start:

@@ -1,16 +1,16 @@
 """What the stages of one reconstruction share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric import Fabric
 
-from threedrec import registry
 from threedrec.checkpoint import Checkpoint, CheckpointKeeper, step_generator
 from threedrec.confidence import Confidence
 from threedrec.config_schema import ExperimentConfig
+from threedrec.host import Host
 from threedrec.image import SupportView
 from threedrec.loggers import Reporter
 from threedrec.loop import LoopRunner
@@ -34,6 +34,8 @@ class Run:
     keeper: CheckpointKeeper
     runner: LoopRunner
     reporter: Reporter
+    host: Host = field(default_factory=Host)
+    """What the process lends the run."""
     resumed: Checkpoint | None = None
     """The checkpoint that the run goes on from."""
     guidance: Any = None
@@ -80,7 +82,7 @@ class Run:
         """Return the guidance, loaded and prepared for the reference the first time it is asked for."""
         if self.guidance is None:
             system = self.config.system
-            guidance = registry.find("guidance", system.guidance_type)(system.guidance, self.device)
+            guidance = self.host.guidances.get(system.guidance_type, system.guidance, self.device)
             guidance.prepare(self.support)
             self.metrics.set("model", guidance.description)
             self.guidance = guidance

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from nvsadapter_guidance.images import to_bytes
 from threedrec.files import atomic_folder
 from threedrec.report import preview_grid, write_turntable
 
@@ -20,6 +21,26 @@ SHEET, ORBIT = "sheet.png", "orbit.mp4"
 _LABEL = 18
 _WIDEST_GAP = 120.0
 """Degrees between neighbouring views beyond which they do not make a circle."""
+
+
+def pictures_of(
+    pixels: Float[np.ndarray, "V H W 3"], resolution: int | None, truncate: bool = False
+) -> list[Image.Image]:
+    """Pictures of values in [0, 1], resized to ``resolution`` (None: as they are); ``truncate`` see `to_bytes`."""
+    pictures = [Image.fromarray(array) for array in to_bytes(pixels, truncate)]
+    if resolution is None or pictures[0].size == (resolution, resolution):
+        return pictures
+    return [picture.resize((resolution, resolution), Image.Resampling.BICUBIC) for picture in pictures]
+
+
+def view_records(
+    elevations: Sequence[float], azimuths: Sequence[float], distances: Sequence[float]
+) -> list[dict[str, Any]]:
+    """The record's line of each view: its file, degrees, and object diameters."""
+    return [
+        {"file": view_name(i), "elevation": float(e), "azimuth": float(a), "distance": float(d)}
+        for i, (e, a, d) in enumerate(zip(elevations, azimuths, distances))
+    ]
 
 
 def write_views(folder: Path, pictures: Sequence[Image.Image], shown: Image.Image, record: dict[str, Any]) -> None:

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 from threedrec.errors import InputError
 
 if TYPE_CHECKING:
-    import numpy as np
+    import torch
     from PIL import Image
 
     from nvsadapter_guidance.diffusers_pipeline import NVSAdapterPipeline
+    from nvsadapter_guidance.weights import WeightsChoice
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def run(job: ViewsJob) -> Path:
         InputError: any mistake in the numbers, the image, the weights or the output folder.
     """
     elevations, azimuths = check_views(job)
-    _check_choices(job)
+    check_choices(job)
     from nvsadapter_guidance.weights import choose_weights
     from threedrec.launch import choose_device, ensure_writable
 
@@ -81,15 +82,15 @@ def run(job: ViewsJob) -> Path:
         choose_threads()
     _check_image(job.image, folder, len(elevations))
     choice = choose_weights(job.pretrained)
-    family = "mini" if choice.family == "mini" else "released"
-    released = job.as_released and family == "released"
+    check_weights_options(job, choice.path)
+    released = job.as_released and choice.family == "released"
     # The image is read and the folder tried before the model: a mistake should not cost the wait.
     shown = _read_image(job.image, released)
     is_new = not folder.exists()
     ensure_writable(folder)
     try:
-        pipeline = load_pipeline(job, choice.path, family, device)
-        _sample(job, pipeline, shown, elevations, azimuths, family)
+        pipeline = load_pipeline(job, choice.path, choice.family, device)
+        _sample(job, pipeline, shown, elevations, azimuths, choice)
     except InputError:
         if is_new:
             with contextlib.suppress(OSError):
@@ -104,15 +105,16 @@ def _sample(
     shown: "Image.Image",
     elevations: Sequence[float],
     azimuths: Sequence[float],
-    family: str,
+    choice: "WeightsChoice",
 ) -> None:
-    from threedrec.view_files import view_name, write_views
+    from threedrec.view_files import pictures_of, view_records, write_views
 
-    released = job.as_released and family == "released"
-    steps = STEPS[family] if job.num_inference_steps is None else job.num_inference_steps
-    scale = GUIDANCE_SCALES[family] if job.guidance_scale is None else job.guidance_scale
+    released = job.as_released and choice.family == "released"
+    steps = STEPS[choice.family] if job.num_inference_steps is None else job.num_inference_steps
+    scale = GUIDANCE_SCALES[choice.family] if job.guidance_scale is None else job.guidance_scale
     device, start = pipeline._execution_device, time.perf_counter()
-    with progress_bar(f"{len(elevations)} views", steps) as advance:
+    count = "1 view" if len(elevations) == 1 else f"{len(elevations)} views"
+    with progress_bar(count, steps) as advance:
 
         def on_step(*_: Any) -> dict[str, Any]:
             advance(1)
@@ -135,23 +137,36 @@ def _sample(
             groups_per_call=8 if device.type == "cuda" else 1,
         )[0]
     seconds = time.perf_counter() - start
-    record = {
-        "image": str(job.image),
-        "model": pipeline.config.model_config["name"],
-        "scheduler": job.scheduler,
+    pictures = pictures_of(pixels, job.resolution, truncate=released)
+    distances = job.distances or [pipeline.config.model_config["distance"]] * len(elevations)
+    record = _settings(job, pipeline, choice.path) | {
         "num_inference_steps": steps,
         "guidance_scale": scale,
-        "num_query": job.num_query or pipeline.model.num_query,
-        "seed": job.seed,
+        "resolution": pictures[0].width,
         "device": str(device),
         "seconds": round(seconds, 2),
-        "views": [
-            {"file": view_name(i), "elevation": float(e), "azimuth": float(a)}
-            for i, (e, a) in enumerate(zip(elevations, azimuths))
-        ],
+        "views": view_records(elevations, azimuths, distances),
     }
-    write_views(Path(job.output), _pictures(pixels, job.resolution, truncate=released), shown, record)
-    logger.info("%d views in %.1f s, in %s", len(pixels), seconds, job.output)
+    write_views(Path(job.output), pictures, shown, record)
+    logger.info("%s in %.1f s, in %s", count, seconds, job.output)
+
+
+def _settings(job: ViewsJob, pipeline: "NVSAdapterPipeline", path: Path) -> dict[str, Any]:
+    """The part of the record that is known before sampling."""
+    from nvsadapter_guidance.weights import is_checkpoint
+
+    return {
+        "image": str(job.image),
+        "model": pipeline.config.model_config["name"],
+        "weights": str(path),
+        "use_ema": job.use_ema if is_checkpoint(path) else None,
+        "dtype": str(pipeline.unet.dtype).removeprefix("torch."),
+        "pose_convention": pipeline.config.pose_convention,
+        "prompt": job.prompt,
+        "scheduler": job.scheduler,
+        "num_query": job.num_query or pipeline.model.num_query,
+        "seed": job.seed,
+    }
 
 
 def default_folder(image: str) -> str:
@@ -191,23 +206,18 @@ def load_pipeline(job: ViewsJob, path: Path, family: str, device: Any) -> "NVSAd
     Raises:
         InputError: the weights cannot be used.
     """
-    import torch
-
     from nvsadapter_guidance.diffusers_pipeline import NVSAdapterPipeline
     from nvsadapter_guidance.schedulers import build_scheduler
 
-    half = torch.float16 if device.type == "cuda" and family == "released" and not job.as_released else torch.float32
-    dtype = {"auto": half, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[job.dtype]
-    if device.type == "cpu" and dtype == torch.float16:
-        raise InputError("--dtype fp16: the CPU has no fast half precision; use fp32 or bf16")
+    dtype = choose_dtype(job, family, device)
     options: dict[str, Any] = {"config": job.config, "pose_convention": job.pose_convention, "dtype": dtype}
     given = {key: value for key, value in options.items() if value is not None}
     if path.is_file():
         with progress_bar("reading weights", path.stat().st_size, in_bytes=True) as advance:
             given |= {"use_ema": job.use_ema, "on_bytes": advance}
-            pipeline = NVSAdapterPipeline.from_pretrained(job.pretrained, **given)
+            pipeline = NVSAdapterPipeline.from_pretrained(path, **given)
     else:
-        pipeline = NVSAdapterPipeline.from_pretrained(job.pretrained, **given)
+        pipeline = NVSAdapterPipeline.from_pretrained(path, **given)
     pipeline.scheduler = build_scheduler(job.scheduler, pipeline.model.schedule)
     pipeline.set_progress_bar_config(disable=True)
     if job.offload == "none" or device.type == "cpu":
@@ -215,6 +225,21 @@ def load_pipeline(job: ViewsJob, path: Path, family: str, device: Any) -> "NVSAd
     offload = {"model": pipeline.enable_model_cpu_offload, "sequential": pipeline.enable_sequential_cpu_offload}
     offload[job.offload](device=device)
     return pipeline
+
+
+def choose_dtype(job: ViewsJob, family: str, device: "torch.device") -> "torch.dtype":
+    """The precision asked for; ``auto`` is float16 for released weights on a GPU, but float32 in the released script.
+
+    Raises:
+        InputError: float16 on the CPU.
+    """
+    import torch
+
+    half = torch.float16 if device.type == "cuda" and family == "released" and not job.as_released else torch.float32
+    dtype = {"auto": half, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[job.dtype]
+    if device.type == "cpu" and dtype == torch.float16:
+        raise InputError("--dtype fp16: the CPU has no fast half precision; use fp32 or bf16")
+    return dtype
 
 
 @contextmanager
@@ -237,7 +262,8 @@ def progress_bar(title: str, total: int, in_bytes: bool = False) -> Iterator[Cal
         yield lambda amount: progress.advance(task, amount)
 
 
-def _check_choices(job: ViewsJob) -> None:
+def check_choices(job: ViewsJob) -> None:
+    """Raise InputError unless the sampler, the numbers and the precision are known and in range."""
     from nvsadapter_guidance.sampling import SamplingOptions
     from nvsadapter_guidance.schedulers import SCHEDULERS
 
@@ -253,6 +279,22 @@ def _check_choices(job: ViewsJob) -> None:
         raise InputError(f"--resolution {job.resolution}: use 16 to 4096 pixels")
     if not -(2**63) <= job.seed < 2**63:
         raise InputError(f"--seed {job.seed}: use a number of at most 63 bits")
+
+
+def check_weights_options(job: ViewsJob, path: Path) -> None:
+    """Raise InputError where an option asks for what the weights at ``path`` do not have."""
+    from nvsadapter_guidance.images import check_image_size, native_image_size
+    from nvsadapter_guidance.weights import is_checkpoint, model_config
+
+    # The released script takes the raw weights unless told otherwise, so there they are nothing that was asked for.
+    asks_raw = not job.use_ema and not job.as_released
+    for asked, option in ((job.config is not None, f"configuration {job.config}"), (asks_raw, "--raw")):
+        if asked and not is_checkpoint(path):
+            raise InputError(f"{option}: goes with a released checkpoint alone, not with {path}; leave it out")
+    if job.resolution is not None:
+        config = model_config(path, job.config)
+        if native_image_size(config) is None:
+            check_image_size(job.resolution, config, "--resolution")
 
 
 def _check_image(image: str, folder: Path, count: int) -> None:
@@ -285,14 +327,3 @@ def _generator(device: Any, seed: int) -> Any:
     import torch
 
     return torch.Generator(device).manual_seed(seed)
-
-
-def _pictures(pixels: "np.ndarray", resolution: int | None, truncate: bool) -> list["Image.Image"]:
-    from PIL import Image
-
-    from nvsadapter_guidance.images import to_bytes
-
-    pictures = [Image.fromarray(array) for array in to_bytes(pixels, truncate)]
-    if resolution is None or pictures[0].size == (resolution, resolution):
-        return pictures
-    return [picture.resize((resolution, resolution), Image.Resampling.BICUBIC) for picture in pictures]

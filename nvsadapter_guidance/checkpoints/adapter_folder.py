@@ -18,7 +18,7 @@ from nvsadapter_guidance.checkpoints.reading import TensorFile
 from nvsadapter_guidance.checkpoints.slots import Slot
 from nvsadapter_guidance.checkpoints.stable_diffusion import StableDiffusion
 from nvsadapter_guidance.errors import InputError
-from nvsadapter_guidance.model import NVSModelConfig, read_config
+from nvsadapter_guidance.model_config import NVSModelConfig, read_config
 
 MODEL_CONFIG_NAME = "nvs_model.json"
 

@@ -4,6 +4,7 @@ Sizes are read off the tensors. OpenCLIP stacks the projections of queries, keys
 projection from the other side; everything else is only called differently.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from typing import Any, Dict, List
@@ -11,7 +12,7 @@ from typing import Any, Dict, List
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPVisionModelWithProjection
 
-from nvsadapter_guidance.checkpoints.slots import Slot, Slots
+from nvsadapter_guidance.checkpoints.slots import Slot, Slots, shape_of
 from nvsadapter_guidance.errors import InputError
 
 _LAYER = {
@@ -89,12 +90,12 @@ HUGGINGFACE_TEXT_SURPLUS = ("text_model.embeddings.position_ids", "embeddings.po
 
 def openclip_text_options(tensors: Mapping[str, Tensor], prefix: str, source: str) -> Dict[str, Any]:
     """Arguments of `CLIPTextConfig` for the OpenCLIP text tower at `prefix`, as Stable Diffusion 2 uses it."""
-    vocabulary, width = _shape(tensors, f"{prefix}token_embedding.weight", 2, source)
+    vocabulary, width = shape_of(tensors, f"{prefix}token_embedding.weight", 2, source)
     layers = _count_layers(tensors, f"{prefix}transformer.resblocks.")
     return {
-        **_text_options(vocabulary, width, layers - _SKIPPED_LAYERS),
-        "max_position_embeddings": _shape(tensors, f"{prefix}positional_embedding", 2, source)[0],
-        "intermediate_size": _shape(tensors, f"{prefix}transformer.resblocks.0.mlp.c_fc.weight", 2, source)[0],
+        **_text_options(vocabulary, width, layers - _SKIPPED_LAYERS, source),
+        "max_position_embeddings": shape_of(tensors, f"{prefix}positional_embedding", 2, source)[0],
+        "intermediate_size": shape_of(tensors, f"{prefix}transformer.resblocks.0.mlp.c_fc.weight", 2, source)[0],
         "hidden_act": "gelu",
         "pad_token_id": 0,
     }
@@ -109,12 +110,12 @@ def huggingface_text_options(
     (Stable Diffusion 2, exported without its last layer) has "gelu" and pads with zeros.
     """
     start = _text_root(tensors, prefix)
-    vocabulary, width = _shape(tensors, f"{start}embeddings.token_embedding.weight", 2, source)
-    options = _text_options(vocabulary, width, _count_layers(tensors, f"{start}encoder.layers."))
+    vocabulary, width = shape_of(tensors, f"{start}embeddings.token_embedding.weight", 2, source)
+    options = _text_options(vocabulary, width, _count_layers(tensors, f"{start}encoder.layers."), source)
     return {
         **options,
-        "max_position_embeddings": _shape(tensors, f"{start}embeddings.position_embedding.weight", 2, source)[0],
-        "intermediate_size": _shape(tensors, f"{start}encoder.layers.0.mlp.fc1.weight", 2, source)[0],
+        "max_position_embeddings": shape_of(tensors, f"{start}embeddings.position_embedding.weight", 2, source)[0],
+        "intermediate_size": shape_of(tensors, f"{start}encoder.layers.0.mlp.fc1.weight", 2, source)[0],
         "hidden_act": hidden_act,
         "pad_token_id": options["eos_token_id"] if hidden_act == "quick_gelu" else 0,
     }
@@ -122,30 +123,32 @@ def huggingface_text_options(
 
 def openclip_vision_options(tensors: Mapping[str, Tensor], prefix: str, source: str) -> Dict[str, Any]:
     """Arguments of `CLIPVisionConfig` for the OpenCLIP image tower at `prefix`."""
-    width, _, patch, _ = _shape(tensors, f"{prefix}visual.conv1.weight", 4, source)
-    positions = _shape(tensors, f"{prefix}visual.positional_embedding", 2, source)[0]
+    width, _, patch, _ = shape_of(tensors, f"{prefix}visual.conv1.weight", 4, source)
+    positions = shape_of(tensors, f"{prefix}visual.positional_embedding", 2, source)[0]
     return _vision_options(
         width,
         patch,
         positions,
         _count_layers(tensors, f"{prefix}visual.transformer.resblocks."),
-        _shape(tensors, f"{prefix}visual.transformer.resblocks.0.mlp.c_fc.weight", 2, source)[0],
-        _shape(tensors, f"{prefix}visual.proj", 2, source)[1],
+        shape_of(tensors, f"{prefix}visual.transformer.resblocks.0.mlp.c_fc.weight", 2, source)[0],
+        shape_of(tensors, f"{prefix}visual.proj", 2, source)[1],
+        source,
     )
 
 
 def huggingface_vision_options(tensors: Mapping[str, Tensor], source: str) -> Dict[str, Any]:
     """Arguments of `CLIPVisionConfig` for a Hugging Face image tower."""
     start = "vision_model."
-    width, _, patch, _ = _shape(tensors, f"{start}embeddings.patch_embedding.weight", 4, source)
-    positions = _shape(tensors, f"{start}embeddings.position_embedding.weight", 2, source)[0]
+    width, _, patch, _ = shape_of(tensors, f"{start}embeddings.patch_embedding.weight", 4, source)
+    positions = shape_of(tensors, f"{start}embeddings.position_embedding.weight", 2, source)[0]
     return _vision_options(
         width,
         patch,
         positions,
         _count_layers(tensors, f"{start}encoder.layers."),
-        _shape(tensors, f"{start}encoder.layers.0.mlp.fc1.weight", 2, source)[0],
-        _shape(tensors, "visual_projection.weight", 2, source)[0],
+        shape_of(tensors, f"{start}encoder.layers.0.mlp.fc1.weight", 2, source)[0],
+        shape_of(tensors, "visual_projection.weight", 2, source)[0],
+        source,
     )
 
 
@@ -155,47 +158,47 @@ def _text_root(tensors: Mapping[str, Tensor], prefix: str) -> str:
     return nested if any(key.startswith(nested) for key in tensors) else prefix
 
 
-def _text_options(vocabulary: int, width: int, layers: int) -> Dict[str, Any]:
+def _text_options(vocabulary: int, width: int, layers: int, source: str) -> Dict[str, Any]:
     return {
         "vocab_size": vocabulary,
         "hidden_size": width,
         "num_hidden_layers": layers,
-        "num_attention_heads": _heads(width),
+        "num_attention_heads": _heads(width, source),
         # The last two words of CLIP's vocabulary.
         "bos_token_id": vocabulary - 2,
         "eos_token_id": vocabulary - 1,
     }
 
 
-def _vision_options(width: int, patch: int, positions: int, layers: int, inner: int, projection: int) -> Dict[str, Any]:
+def _vision_options(
+    width: int, patch: int, positions: int, layers: int, inner: int, projection: int, source: str
+) -> Dict[str, Any]:
+    side = math.isqrt(positions - 1)
+    if side < 1 or side**2 != positions - 1:
+        raise InputError(f"{source}: its image tower has {positions} positions, one and a square are needed")
     return {
         "hidden_size": width,
         "intermediate_size": inner,
         "num_hidden_layers": layers,
-        "num_attention_heads": _heads(width),
-        "image_size": patch * round((positions - 1) ** 0.5),
+        "num_attention_heads": _heads(width, source),
+        "image_size": patch * side,
         "patch_size": patch,
         "projection_dim": projection,
         "hidden_act": "gelu",
     }
 
 
-def _heads(width: int) -> int:
-    return max(1, width // _HEAD_WIDTH.get(width, 64))
+def _heads(width: int, source: str) -> int:
+    heads = max(1, width // _HEAD_WIDTH.get(width, 64))
+    if width % heads:
+        raise InputError(f"{source}: {width} channels cannot be divided into attention heads; give another file")
+    return heads
 
 
 def _count_layers(tensors: Mapping[str, Tensor], prefix: str) -> int:
-    pattern = re.compile(re.escape(prefix) + r"(\d+)\.")
+    # No tower has a hundred layers; names with larger numbers are refused later as not known.
+    pattern = re.compile(re.escape(prefix) + r"([0-9]{1,2})\.")
     return max((int(match.group(1)) + 1 for match in map(pattern.match, tensors) if match), default=0)
-
-
-def _shape(tensors: Mapping[str, Tensor], key: str, dimensions: int, source: str) -> List[int]:
-    if key not in tensors:
-        raise InputError(f"{source}: tensor '{key}' is missing; the file is of another model or not whole")
-    shape = list(tensors[key].shape)
-    if len(shape) != dimensions:
-        raise InputError(f"{source}: tensor '{key}' has shape {tuple(shape)}; the file is of another model")
-    return shape
 
 
 def _openclip_slot(name: str, fixed: Dict[str, str], blocks: str) -> Slot:

@@ -5,10 +5,12 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Dict, Optional
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -25,7 +27,7 @@ from nvsadapter_guidance.checkpoints.reading import STATE_KEY, TensorFile
 from nvsadapter_guidance.checkpoints.released import adapter_slots, is_released, released_part
 from nvsadapter_guidance.checkpoints.released_config import config_beside, released_config
 from nvsadapter_guidance.checkpoints.slots import give, take
-from nvsadapter_guidance.errors import InputError
+from nvsadapter_guidance.errors import InputError, one_line
 
 Say = Callable[[str], None]
 
@@ -58,8 +60,9 @@ def convert_released(
     file = TensorFile(source)
     if not is_released(file):
         raise InputError(f"{source}: holds no released NVS-Adapter; give base_query_4_step_200000.ckpt")
-    model_config = released_config(file, str(source), config or config_beside(source))
-    blueprint = Blueprint(model_config)
+    config = config or config_beside(source)
+    model_config = released_config(file, str(source), config)
+    blueprint = Blueprint(model_config, str(config or source))
     say(f"checking {source.name}")
     part = released_part(file, blueprint, str(source), use_ema)
     found = take(part.tensors, part.slots, blueprint.state_dict(), part.source, part.surplus)
@@ -94,7 +97,7 @@ def to_released(folder: Path, base: Path, output: Path) -> int:
     Raises:
         InputError: a file cannot be read, does not fit, or cannot be written.
     """
-    blueprint = Blueprint(adapter_config(folder))
+    blueprint = Blueprint(adapter_config(folder), str(folder))
     part = adapter_part(folder, blueprint)
     ours = take(part.tensors, part.slots, blueprint.state_dict(), part.source)
     stored = TensorFile(base)
@@ -125,19 +128,28 @@ def to_released(folder: Path, base: Path, output: Path) -> int:
 
 def _write_together(folder: Path, names: tuple[str, ...], write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary folder and move its files, or nothing, into place."""
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=".writing-", dir=folder))
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
     try:
+        (scratch / "new").touch()
+        permissions = (scratch / "new").stat().st_mode
         write(scratch)
         for name in names:
+            (scratch / name).chmod(permissions)  # safetensors writes for the owner alone
             os.replace(scratch / name, folder / name)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written ({error.strerror or error}); free some space") from error
+        new = []
+    except (OSError, SafetensorError, RuntimeError) as error:  # the last from torch, whose writer has no other
+        reason = error.strerror if isinstance(error, OSError) else None
+        raise InputError(f"{folder}: cannot be written ({reason or one_line(error)}); free some space") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        with suppress(OSError):
+            for place in new:
+                place.rmdir()
 
 
 def _silent(text: str) -> None:

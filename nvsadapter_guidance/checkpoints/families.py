@@ -7,7 +7,7 @@ from nvsadapter_guidance.adapter_config import NVSAdapterConfig
 from nvsadapter_guidance.checkpoints.ldm_vae import vae_options_from_ldm
 from nvsadapter_guidance.conversion import unet_options_from_ldm
 from nvsadapter_guidance.errors import InputError
-from nvsadapter_guidance.model import NVSModelConfig
+from nvsadapter_guidance.model_config import NVSModelConfig
 from nvsadapter_guidance.weight_files import WEIGHT_FILES, WEIGHT_SETS
 
 _LDM_UNET: Dict[str, Any] = {

@@ -10,13 +10,15 @@ from nvsadapter_guidance.adapter import WEIGHTS_NAME as ADAPTER_WEIGHTS_NAME
 from nvsadapter_guidance.checkpoints.adapter_folder import adapter_config, adapter_folder, adapter_part
 from nvsadapter_guidance.checkpoints.families import FAMILIES, family_of_width, full_size_config
 from nvsadapter_guidance.checkpoints.image_encoder import ImageEncoder, is_image_encoder
-from nvsadapter_guidance.checkpoints.parts import Blueprint, Part, check
+from nvsadapter_guidance.checkpoints.parts import ADAPTER, IMAGE, MODEL, UNET, VAE, Blueprint, Part, check
 from nvsadapter_guidance.checkpoints.reading import TensorFile
 from nvsadapter_guidance.checkpoints.released import has_average, is_released, released_part
 from nvsadapter_guidance.checkpoints.released_config import config_beside, released_config
-from nvsadapter_guidance.checkpoints.stable_diffusion import StableDiffusion, is_diffusers_folder, is_ldm
+from nvsadapter_guidance.checkpoints.slots import Slot, Slots
+from nvsadapter_guidance.checkpoints.stable_diffusion import StableDiffusion, component, is_diffusers_folder, is_ldm
 from nvsadapter_guidance.errors import InputError
 from nvsadapter_guidance.model import CONFIG_NAME, WEIGHTS_NAME, NVSModel
+from nvsadapter_guidance.saved_pipeline import MODEL_INDEX, holds_pipeline, saved_config
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
@@ -27,7 +29,7 @@ class CheckpointReport:
     """What `identify` found; every tensor of it was looked at."""
 
     kind: str
-    """"released", "ldm", "diffusers", "adapter", "model" or "image-encoder"."""
+    """"released", "ldm", "diffusers", "adapter", "model", "pipeline" or "image-encoder"."""
     title: str
     """One line for people."""
     tensors: int
@@ -53,6 +55,8 @@ def identify(path: Path, progress: Optional[Progress] = None) -> CheckpointRepor
         return _identify_folder(path, progress)
     if path.name == ADAPTER_WEIGHTS_NAME and (path.parent / ADAPTER_CONFIG_NAME).is_file():
         return _adapter(path.parent, progress)
+    if path.name == WEIGHTS_NAME and _is_model(path.parent):
+        return _model(path.parent)
     file = TensorFile(path)
     if is_released(file):
         return _released(path, file, progress)
@@ -62,19 +66,16 @@ def identify(path: Path, progress: Optional[Progress] = None) -> CheckpointRepor
         return _image_encoder(path, progress)
     if path.name == ADAPTER_WEIGHTS_NAME:
         raise InputError(f"{path}: has no {ADAPTER_CONFIG_NAME} beside it; copy the adapter's whole folder")
-    raise InputError(f"{path}: holds {len(file)} tensors of no model that is known (first: '{next(iter(file), '')}')")
+    raise InputError(f"{path}: holds {len(file)} tensors of no model that is known (first: {next(iter(file), '')!r})")
 
 
 def _identify_folder(path: Path, progress: Optional[Progress]) -> CheckpointReport:
+    if holds_pipeline(path):
+        return _pipeline(path, progress)
     if (folder := adapter_folder(path)) is not None:
         return _adapter(folder, progress)
-    if (path / CONFIG_NAME).is_file() and (path / WEIGHTS_NAME).is_file() and not _is_transformers(path):
-        model = NVSModel.load(path)
-        file = TensorFile(path / WEIGHTS_NAME)
-        parameters = sum(value.numel() for value in model.state_dict().values())
-        details = {"images": f"{model.config.image_size} px", "views together": str(model.num_query)}
-        title = f"{model.config.name}, a whole model in this project's layout"
-        return CheckpointReport("model", title, len(model.state_dict()), parameters, file.bytes, details)
+    if _is_model(path):
+        return _model(path)
     if is_diffusers_folder(path):
         return _stable_diffusion(path, progress)
     if (path / CONFIG_NAME).is_file() or any(path.glob("open_clip*")):
@@ -82,10 +83,38 @@ def _identify_folder(path: Path, progress: Optional[Progress]) -> CheckpointRepo
     raise InputError(f"{path}: holds no model; give a folder of an adapter, of diffusers, or a checkpoint file")
 
 
+def _model(folder: Path) -> CheckpointReport:
+    model = NVSModel.load(folder)
+    parameters = sum(value.numel() for value in model.state_dict().values())
+    size = (folder / WEIGHTS_NAME).stat().st_size
+    title = f"{model.config.name}, a whole model in this project's layout"
+    return CheckpointReport("model", title, len(model.state_dict()), parameters, size, _model_details(model))
+
+
+def _pipeline(folder: Path, progress: Optional[Progress]) -> CheckpointReport:
+    config = saved_config(folder)
+    blueprint = Blueprint(config, str(folder / MODEL_INDEX))
+    model, own = blueprint.model, f"{MODEL}text_context"
+    adapter = {ADAPTER + name: Slot(f"adapter.{name}") for name in model.network.adapter.state_dict()}
+    slots: Dict[str, Slots] = {"adapter": {**adapter, own: Slot("text_context")}}
+    for name, prefix, module in (
+        ("unet", UNET, model.network.unet), ("vae", VAE, model.vae), ("image_encoder", IMAGE, model.image_encoder),
+    ):  # fmt: skip
+        slots[name] = {prefix + key: Slot(key) for key in module.state_dict()}
+    files = {name: component(folder / name) for name in slots}
+    parts = [Part(file, slots[name], str(file.path)) for name, file in files.items()]
+    title = f"{config.name}, a saved NVSAdapterPipeline"
+    return _look("pipeline", title, blueprint, parts, files.values(), _model_details(model), progress)
+
+
+def _model_details(model: NVSModel) -> Dict[str, str]:
+    return {"images": f"{model.config.image_size} px", "views together": str(model.num_query)}
+
+
 def _released(path: Path, file: TensorFile, progress: Optional[Progress]) -> CheckpointReport:
     yaml_path = config_beside(path)
     config = released_config(file, str(path), yaml_path)
-    blueprint = Blueprint(config)
+    blueprint = Blueprint(config, str(yaml_path or path))
     parts = [released_part(file, blueprint, str(path), use_ema=False)]
     if has_average(file):
         parts.append(released_part(file, blueprint, str(path), use_ema=True))
@@ -107,7 +136,7 @@ def _stable_diffusion(path: Path, progress: Optional[Progress]) -> CheckpointRep
         raise InputError(f"{path}: has text tokens of {base.context_width} channels; use SD 1.5 or SD 2.1 base")
     config = full_size_config(family)
     config.text_encoder = base.text_options()
-    blueprint = Blueprint(config)
+    blueprint = Blueprint(config, str(path))
     kind = "diffusers" if base.folder else "ldm"
     title = f"{FAMILIES[family].title}, {'diffusers' if base.folder else 'LDM'} layout"
     return _look(kind, title, blueprint, base.parts(blueprint), base.files, {"family": family}, progress)
@@ -115,7 +144,7 @@ def _stable_diffusion(path: Path, progress: Optional[Progress]) -> CheckpointRep
 
 def _adapter(folder: Path, progress: Optional[Progress]) -> CheckpointReport:
     config = adapter_config(folder)
-    blueprint = Blueprint(config)
+    blueprint = Blueprint(config, str(folder))
     part = adapter_part(folder, blueprint)
     adapter = config.adapter
     details = {
@@ -131,7 +160,7 @@ def _image_encoder(path: Path, progress: Optional[Progress]) -> CheckpointReport
     tower = ImageEncoder(path)
     config = full_size_config("sd21")
     config.image_encoder, config.text_encoder = tower.options(), {}
-    blueprint = Blueprint(config)
+    blueprint = Blueprint(config, str(path))
     size = config.image_encoder
     title = f"CLIP image encoder, {size['num_hidden_layers']} layers of {size['hidden_size']} channels"
     details = {"layout": "OpenCLIP" if tower.openclip else "transformers"}
@@ -174,5 +203,9 @@ class _Counter:
         self(self.total)
 
 
-def _is_transformers(path: Path) -> bool:
-    return '"model_type"' in (path / CONFIG_NAME).read_text(encoding="utf-8", errors="replace")
+def _is_model(folder: Path) -> bool:
+    """Whether a folder has our layout of a whole model; folders of `transformers` have files of the same names."""
+    config = folder / CONFIG_NAME
+    if not (config.is_file() and (folder / WEIGHTS_NAME).is_file()):
+        return False
+    return '"model_type"' not in config.read_text(encoding="utf-8", errors="replace")

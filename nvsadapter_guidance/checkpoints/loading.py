@@ -37,7 +37,8 @@ def load_released(
     if not is_released(file):
         what = "Stable Diffusion without an adapter" if is_ldm(file) else "no NVS-Adapter"
         raise InputError(f"{path}: is {what}; give base_query_4_step_200000.ckpt, or the folder of an adapter")
-    blueprint = Blueprint(released_config(file, str(path), config or config_beside(path)))
+    config = config or config_beside(path)
+    blueprint = Blueprint(released_config(file, str(path), config), str(config or path))
     if use_ema and not has_average(file):
         log.warning("%s holds no moving average (EMA): its raw weights are used", path)
         use_ema = False
@@ -61,6 +62,6 @@ def load_adapter(
     beside = next((place for place in (folder, folder.parent) if is_diffusers_folder(place)), None)
     model = StableDiffusion(beside if base is None and beside is not None else find_base(family, base))
     tower = ImageEncoder(find_image_encoder(image_encoder, [folder, folder.parent, model.path]))
-    blueprint = Blueprint(adapter_config(folder, model, tower))
+    blueprint = Blueprint(adapter_config(folder, model, tower), str(folder))
     parts = [*model.parts(blueprint), tower.part(blueprint), adapter_part(folder, blueprint)]
     return fill(blueprint, parts, PromptEncoder.tokenizer_beside(model.path), on_bytes)

@@ -10,7 +10,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from nvsadapter_guidance.checkpoints.slots import Slots, take
 from nvsadapter_guidance.encoders import PromptEncoder
-from nvsadapter_guidance.model import NVSModel, NVSModelConfig, fill_position_ids
+from nvsadapter_guidance.model import NVSModel, fill_position_ids
+from nvsadapter_guidance.model_config import NVSModelConfig, building, check_config
 
 MODEL, TEXT = "model.", "text_encoder."
 """Prefixes of a blueprint's tensors."""
@@ -22,13 +23,22 @@ OnBytes = Callable[[int], None]
 
 
 class Blueprint(nn.Module):
-    """A model and the text tower of its empty prompt, on the meta device until `fill`."""
+    """A model and the text tower of its empty prompt, on the meta device until `fill`.
 
-    def __init__(self, config: NVSModelConfig) -> None:
+    Args:
+        source: where the configuration is from, for messages.
+
+    Raises:
+        InputError: the configuration is of no model that can be built.
+    """
+
+    def __init__(self, config: NVSModelConfig, source: str = "model configuration") -> None:
         super().__init__()
-        self.model = NVSModel.blank(config)
-        with torch.device("meta"):
-            self.text_encoder = CLIPTextModel(CLIPTextConfig(**(config.text_encoder or _NO_TOWER)))
+        check_config(config, source)
+        with building(source):
+            self.model = NVSModel.blank(config)
+            with torch.device("meta"):
+                self.text_encoder = CLIPTextModel(CLIPTextConfig(**(config.text_encoder or _NO_TOWER)))
         fill_position_ids(self.text_encoder)
 
 

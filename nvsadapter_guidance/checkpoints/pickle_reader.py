@@ -6,16 +6,20 @@ asks for a way to run commands is refused. Tensors are not read but described; `
 the file, so that nothing is copied and only what is used is read.
 """
 
+import io
+import math
 import pickle
+import pickletools
 import struct
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any, Callable, Dict, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
 
-from nvsadapter_guidance.errors import InputError
+from nvsadapter_guidance.errors import InputError, one_line
 
 _STORAGES = {
     "FloatStorage": torch.float32,
@@ -35,8 +39,12 @@ _FORBIDDEN_MODULES = {
 }  # fmt: skip
 """Nothing of these modules would be called, but a checkpoint that names them was not made to be loaded."""
 _FORBIDDEN_BUILTINS = {"eval", "exec", "execfile", "compile", "open", "__import__", "input", "breakpoint"}
-_MAX_PICKLE_BYTES = 2**28
-"""The pickle of a checkpoint holds names and sizes, less than a megabyte; tensors lie beside it."""
+_MAX_PICKLE_BYTES = 2**22
+"""The pickle of a checkpoint holds names and sizes, less than a megabyte; tensors lie beside it. One byte of a pickle
+can make an object of hundreds, so this bounds memory too."""
+_MAX_BYTEORDER_BYTES = 16
+_BAD_ARCHIVE = (zipfile.BadZipFile, zlib.error, struct.error, RuntimeError, ValueError, LookupError, EOFError)
+"""What `zipfile` raises for archives that are damaged, encrypted or compressed in ways that it does not know."""
 _MALFORMED = (
     pickle.UnpicklingError, AttributeError, EOFError, ImportError, IndexError, KeyError, TypeError, ValueError,
     OverflowError, RecursionError, MemoryError, struct.error,
@@ -96,7 +104,10 @@ class Placeholder:
 
 
 class _Dictionary(dict[Any, Any]):
-    """Stands for ``OrderedDict``; takes attributes, as state dicts carry their metadata in one."""
+    """Stands for ``OrderedDict``."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Ignore attributes, such as the metadata of state dicts; on the class itself, calling this fails."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -158,8 +169,10 @@ class TorchArchive:
                 self._entries = {info.filename: info for info in archive.infolist()}
                 self._root = self._find_root()
                 self.content = self._unpickle(archive)
-        except zipfile.BadZipFile as error:
-            raise InputError(f"{path}: is truncated or damaged ({error}); download it again") from error
+        except InputError:
+            raise
+        except _BAD_ARCHIVE as error:
+            raise InputError(f"{path}: is truncated or damaged ({one_line(error)}); download it again") from error
         except OSError as error:
             raise InputError(f"{path}: cannot be read ({error.strerror or error})") from error
         self._mapped: Optional[torch.UntypedStorage] = None
@@ -172,17 +185,22 @@ class TorchArchive:
         """
         storage, itemsize = record.storage, record.storage.dtype.itemsize
         info = self._entries.get(f"{self._root}data/{storage.key}")
-        if info is None or info.compress_type != zipfile.ZIP_STORED or info.file_size < storage.numel * itemsize:
+        if info is None or not 0 <= storage.numel * itemsize <= info.file_size:
             raise self._damaged(f"numbers of storage {storage.key} are missing")
         last = record.offset + sum((size - 1) * step for size, step in zip(record.shape, record.stride))
         if min(record.offset, *record.shape, *record.stride, 0) < 0 or len(record.shape) != len(record.stride):
             raise self._damaged(f"a tensor of storage {storage.key} has no sensible shape")
-        if 0 not in record.shape and last >= storage.numel:
+        if math.prod(record.shape) > storage.numel or (0 not in record.shape and last >= storage.numel):
             raise self._damaged(f"a tensor is larger than its storage {storage.key}")
-        start = self._data_offset(info)
-        block = self._map()[start : start + storage.numel * itemsize]
+        start, mapped = self._data_offset(info), self._map()
+        stop = start + storage.numel * itemsize
+        if stop > mapped.nbytes():
+            raise self._damaged(f"numbers of storage {storage.key} are missing")
         whole = torch.empty(0, dtype=storage.dtype)
-        return whole.set_(block, record.offset, record.shape, record.stride)  # type: ignore[call-overload]
+        try:
+            return whole.set_(mapped[start:stop], record.offset, record.shape, record.stride)  # type: ignore[call-overload]
+        except (RuntimeError, TypeError, ValueError) as error:  # numbers beyond 64 bits, or too many dimensions
+            raise self._damaged(f"a tensor of storage {storage.key}: {one_line(error)}") from error
 
     def check_sums(self, on_bytes: Optional[Callable[[int], None]] = None) -> None:
         """Read the whole file and compare its check sums; `on_bytes` is told of every piece read.
@@ -197,29 +215,33 @@ class TorchArchive:
                         while piece := part.read(2**22):
                             if on_bytes is not None:
                                 on_bytes(len(piece))
-                except (zipfile.BadZipFile, OSError, EOFError) as error:
-                    raise self._damaged(f"'{name}': {error}") from error
+                except (*_BAD_ARCHIVE, OSError) as error:
+                    raise self._damaged(f"{name!r}: {one_line(error)}") from error
 
     def _find_root(self) -> str:
         roots = [name.removesuffix("data.pkl") for name in self._entries if name.endswith("/data.pkl")]
-        if len(roots) != 1:
+        stored = all(info.compress_type == zipfile.ZIP_STORED for info in self._entries.values())
+        if len(roots) != 1 or not stored:
             raise InputError(f"{self.path}: is a zip file, but not one that torch.save wrote; give a checkpoint")
         return roots[0]
 
     def _unpickle(self, archive: zipfile.ZipFile) -> Any:
         order = f"{self._root}byteorder"
-        if order in self._entries and archive.read(order) != b"little":
+        if order in self._entries and self._read(archive, order, _MAX_BYTEORDER_BYTES) != b"little":
             raise InputError(f"{self.path}: was written by a big-endian machine; save it again on another one")
-        info = self._entries[f"{self._root}data.pkl"]
-        if info.file_size > _MAX_PICKLE_BYTES:
-            raise self._damaged(f"its pickle has {info.file_size} bytes")
-        with archive.open(info) as file:
-            try:
-                return _Unpickler(file, str(self.path)).load()
-            except InputError:
-                raise
-            except _MALFORMED as error:
-                raise self._damaged(f"its pickle cannot be followed: {error}") from error
+        content = self._read(archive, f"{self._root}data.pkl", _MAX_PICKLE_BYTES)
+        try:
+            _check_memo(content)
+            return _Unpickler(io.BytesIO(content), str(self.path)).load()
+        except InputError:
+            raise
+        except _MALFORMED as error:
+            raise self._damaged(f"its pickle cannot be followed: {one_line(error)}") from error
+
+    def _read(self, archive: zipfile.ZipFile, name: str, limit: int) -> bytes:
+        if (size := self._entries[name].file_size) > limit:
+            raise self._damaged(f"{name!r} has {size} bytes")
+        return archive.read(name)
 
     def _data_offset(self, info: zipfile.ZipInfo) -> int:
         # The central directory does not know how long the extra field in front of the data is (torch aligns with it).
@@ -240,3 +262,10 @@ class TorchArchive:
     def _damaged(self, what: str) -> InputError:
         first = (what.splitlines() or [""])[0]
         return InputError(f"{self.path}: is damaged ({first}); download it again")
+
+
+def _check_memo(content: bytes) -> None:
+    """Refuse a memo with gaps: `pickle` makes a table as long as the largest number that an object is kept under."""
+    for opcode, argument, _ in pickletools.genops(content):
+        if "PUT" in opcode.name and argument is not None and argument > len(content):
+            raise pickle.UnpicklingError(f"it keeps an object under the number {argument}")

@@ -8,7 +8,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nvsadapter_guidance.checkpoints.pickle_reader import Placeholder, TensorRecord, TorchArchive
-from nvsadapter_guidance.errors import InputError
+from nvsadapter_guidance.errors import InputError, one_line
 
 STATE_KEY = "state_dict"
 """Where training frameworks keep the tensors among the other things in their checkpoints."""
@@ -42,7 +42,10 @@ class TensorFile(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if self._archive is not None:
             return self._archive.tensor(self._records[name])
-        return self._safe.get_tensor(name)
+        try:
+            return self._safe.get_tensor(name)
+        except (SafetensorError, AttributeError) as error:  # a precision that this version of torch does not have
+            raise InputError(f"{self.path}: tensor {name!r} cannot be read ({one_line(error)})") from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
@@ -98,9 +101,8 @@ def _open_safetensors(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        cause = str(error).splitlines()[0]
         raise InputError(
-            f"{path}: is no whole safetensors file of {size} bytes, half downloaded or damaged ({cause}); "
+            f"{path}: is no whole safetensors file of {size} bytes, half downloaded or damaged ({one_line(error)}); "
             "download it again"
         ) from error
 
@@ -117,7 +119,7 @@ def _state_records(archive: TorchArchive) -> Dict[str, TensorRecord]:
         if isinstance(value, type) and issubclass(value, Placeholder):
             found = value.global_name
         raise InputError(
-            f"{archive.path}: '{name}' is no tensor but {found or 'an unknown object'}, which is not loaded; "
+            f"{archive.path}: {name!r} is no tensor but {found or 'an unknown object'}, which is not loaded; "
             "the file is damaged or of another model"
         )
     return dict(state)

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any, Dict, List, Optional
 
 import yaml
 from torch import Tensor
@@ -12,9 +12,10 @@ from nvsadapter_guidance.adapter_config import NVSAdapterConfig
 from nvsadapter_guidance.checkpoints import clip
 from nvsadapter_guidance.checkpoints.families import family_of_width, full_size_config
 from nvsadapter_guidance.checkpoints.ldm_vae import vae_options_from_ldm
+from nvsadapter_guidance.checkpoints.slots import shape_of
 from nvsadapter_guidance.conversion import unet_options_from_ldm
-from nvsadapter_guidance.errors import InputError
-from nvsadapter_guidance.model import NVSModelConfig
+from nvsadapter_guidance.errors import InputError, one_line
+from nvsadapter_guidance.model_config import NVSModelConfig
 
 UNET_PREFIX = "model.diffusion_model."
 TEXT_PREFIX = "conditioner.conditioners.2.embedders.0."
@@ -43,7 +44,9 @@ def released_config(tensors: Mapping[str, Tensor], source: str, yaml_path: Optio
         InputError: the file is no released checkpoint, or the YAML cannot be read or is of another model.
     """
     network = {} if yaml_path is None else _network_options(yaml_path)
-    side = int(network.get("latent_resolution", _LATENT_SIDE))
+    side = network.get("latent_resolution", _LATENT_SIDE)
+    if type(side) is not int or side < 1:
+        raise InputError(f"{yaml_path}: latent_resolution is {side!r:.60}; it must be a whole number above 0")
     adapter = _adapter_from_tensors(tensors, side, source)
     adapter.update({ours: network[name] for name, ours in _TRAINED_OPTIONS.items() if name in network})
     text = _text_options(tensors, source)
@@ -52,12 +55,13 @@ def released_config(tensors: Mapping[str, Tensor], source: str, yaml_path: Optio
     config.text_encoder, config.text_tokens = text, text["max_position_embeddings"]
     if yaml_path is not None:
         adapter["ray_embedding"] = _ray_kind(yaml_path)
-        if (unet := network.get("sd_config", {}).get("params")) is not None:
+        if (unet := _mapping(network, "sd_config", yaml_path).get("params")) is not None:
             config.unet = _convert(unet_options_from_ldm, unet, "sd_config", yaml_path)
         if (vae := _section(yaml_path, "first_stage_config", "params", "ddconfig")) is not None:
             config.vae.update(_convert(vae_options_from_ldm, vae, "ddconfig", yaml_path))
             config.image_size = config.vae["sample_size"]
-    config.adapter = NVSAdapterConfig.from_dict(adapter, str(yaml_path or source)).to_dict()
+    options = _convert(NVSAdapterConfig.from_dict, adapter, "network_config", yaml_path or Path(source))
+    config.adapter = options.to_dict()
     return config
 
 
@@ -78,8 +82,8 @@ def read_yaml(path: Path) -> Dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}); give the checkpoint's YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: is not YAML ({str(error).splitlines()[0]}); download it again") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: is not YAML ({one_line(error)}); download it again") from error
     if not isinstance(values, dict):
         raise InputError(f"{path}: holds no settings; give the checkpoint's YAML file")
     return values
@@ -99,25 +103,39 @@ def _network_options(path: Path) -> Dict[str, Any]:
     return options
 
 
-def _convert(
-    convert: Callable[[Dict[str, Any]], Dict[str, Any]], options: Dict[str, Any], name: str, path: Path
-) -> Dict[str, Any]:
+def _convert(convert: Callable[[Dict[str, Any]], Any], options: Dict[str, Any], name: str, path: Path) -> Any:
     try:
         return convert(options)
-    except (KeyError, TypeError) as error:
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except KeyError as error:
         raise InputError(f"{path}: {name} lacks {error}; give the checkpoint's YAML file") from error
+    except (TypeError, ValueError, IndexError, ArithmeticError, AttributeError) as error:
+        raise InputError(f"{path}: {name} is damaged ({one_line(error)}); give the checkpoint's YAML file") from error
 
 
 def _ray_kind(path: Path) -> str:
-    conditioners = _section(path, "conditioner_config", "params", "conditioners_config") or []
-    for conditioner in conditioners:
-        for embedder in conditioner.get("params", {}).get("emb_models", []):
+    for conditioner in _list(_section(path, "conditioner_config", "params", "conditioners_config")):
+        for embedder in _list(_mapping(conditioner, "params", path).get("emb_models")):
+            options = _mapping(embedder, "params", path)
             target = str(embedder.get("target", ""))
             if target.endswith("ExtrinsicEmbedder"):
                 return "extrinsic"
             if target.endswith("RayPosConditionEmbedder"):
-                return "plucker" if embedder.get("params", {}).get("use_plucker", True) else "rayo_rayd"
+                return "plucker" if options.get("use_plucker", True) else "rayo_rayd"
     return "plucker"
+
+
+def _mapping(options: Any, name: str, path: Path) -> Dict[str, Any]:
+    """The settings called `name`, none where there are none."""
+    value = options.get(name, {}) if isinstance(options, dict) else None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: {name} holds no settings; give the checkpoint's YAML file")
+    return value
+
+
+def _list(value: Any) -> List[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _family(tensors: Mapping[str, Tensor], width: int, source: str) -> str:
@@ -134,14 +152,12 @@ def _text_options(tensors: Mapping[str, Tensor], source: str) -> Dict[str, Any]:
 
 
 def _adapter_from_tensors(tensors: Mapping[str, Tensor], side: int, source: str) -> Dict[str, Any]:
-    key = f"{UNET_PREFIX}pe_blocks.0.weight"
-    if key not in tensors:
-        raise InputError(f"{source}: tensor '{key}' is missing; this is no released NVS-Adapter checkpoint")
+    rays = shape_of(tensors, f"{UNET_PREFIX}pe_blocks.0.weight", 4, source)[1]
     names = [name for name in tensors if ".transformer_blocks." in name]
-    tokens = max((tensors[name].shape[1] for name in names if name.endswith(".support_emb")), default=0)
+    tokens = max((shape_of(tensors, name, 3, source)[1] for name in names if name.endswith(".support_emb")), default=0)
     joint = any(".query_attn." in name for name in names)
     return {
-        "ray_embedding": "extrinsic" if tensors[key].shape[1] == 16 * 31 else "plucker",
+        "ray_embedding": "extrinsic" if rays == 16 * 31 else "plucker",
         "image_attn_mode": "query_only" if any(".image_attn_module." in name for name in names) else None,
         "query_composer_mode": "learnable_emb" if tokens else "all_to_all" if joint else None,
         "query_emb_scale": tokens / side**2 if tokens else 1.0,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Dict, Optional
+from typing import Dict, List, Optional
 
 import torch
 from torch import Tensor
@@ -46,6 +46,9 @@ class Slot:
         return ours.T.contiguous() if self.transpose else ours
 
 
+WEIGHT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Precisions that weights are read in; smaller ones carry scales, which no layout here knows."""
+
 Slots = Dict[str, Slot]
 """Our name to its place."""
 
@@ -88,14 +91,17 @@ def take(
     found = {}
     for name, slot in slots.items():
         stored = tensors[slot.key]
+        if stored.dtype not in WEIGHT_DTYPES:
+            raise InputError(
+                f"{source}: tensor '{slot.key}' holds {stored.dtype}; weights are read in "
+                "16 bits or more, give another file"
+            )
         try:
             found[name] = slot.take(stored)
         except (ValueError, IndexError, RuntimeError) as error:
             raise _wrong_shape(source, slot.key, stored, str(error)) from error
         if found[name].shape != wanted[name].shape:
             raise _wrong_shape(source, slot.key, found[name], f"needed is {tuple(wanted[name].shape)}")
-        if not stored.dtype.is_floating_point:
-            raise InputError(f"{source}: tensor '{slot.key}' holds {stored.dtype}, no weights; give another file")
         if check_finite and not is_finite(found[name]):
             raise InputError(f"{source}: tensor '{slot.key}' holds NaN or infinite values; download it again")
         if on_bytes is not None:
@@ -114,6 +120,20 @@ def give(ours: Mapping[str, Tensor], slots: Mapping[str, Slot]) -> Dict[str, Ten
     }
 
 
+def shape_of(tensors: Mapping[str, Tensor], key: str, dimensions: int, source: str) -> List[int]:
+    """Sizes of a tensor that has so many dimensions, none of them empty.
+
+    Raises:
+        InputError: names `source` and the tensor that is missing or of another shape.
+    """
+    if key not in tensors:
+        raise InputError(f"{source}: tensor '{key}' is missing; the file is of another model or not whole")
+    shape = list(tensors[key].shape)
+    if len(shape) != dimensions or 0 in shape:
+        raise _wrong_shape(source, key, tensors[key], f"needed are {dimensions} sizes above 0")
+    return shape
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor infinity; needs no memory of its size."""
     if tensor.numel() == 0 or tensor.is_meta:
@@ -127,7 +147,7 @@ def _check_names(found: Iterable[str], places: Collection[str], surplus: Collect
     for key in sorted(set(places) - found):
         raise InputError(f"{source}: tensor '{key}' is missing; the file is of another model or not whole")
     for key in sorted(found - set(places) - set(surplus)):
-        raise InputError(f"{source}: tensor '{key}' is not known; the file is of another model")
+        raise InputError(f"{source}: tensor {key!r} is not known; the file is of another model")
 
 
 def _wrong_shape(source: str, key: str, found: Tensor, why: str) -> InputError:

@@ -11,7 +11,7 @@ from nvsadapter_guidance.checkpoints import clip
 from nvsadapter_guidance.checkpoints.ldm_vae import old_diffusers_slots, vae_slots
 from nvsadapter_guidance.checkpoints.parts import TEXT, UNET, VAE, Blueprint, Part
 from nvsadapter_guidance.checkpoints.reading import TensorFile
-from nvsadapter_guidance.checkpoints.slots import Slot, plain, prefixed
+from nvsadapter_guidance.checkpoints.slots import Slot, plain, prefixed, shape_of
 from nvsadapter_guidance.conversion import ema_name, unet_key_map
 from nvsadapter_guidance.errors import InputError
 
@@ -72,7 +72,7 @@ class StableDiffusion:
         """Channels of a text token, which tells the families apart."""
         for key in _TEXT_WIDTH_KEYS:
             if key in self.unet:
-                return self.unet[key].shape[1]
+                return shape_of(self.unet, key, 2, self.source)[1]
         raise InputError(f"{self.source}: its UNet has no text attention at the finest level; use SD 1.5 or 2.1 base")
 
     def text_options(self) -> Dict[str, Any]:

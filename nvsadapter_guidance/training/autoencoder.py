@@ -103,8 +103,8 @@ def train_autoencoder(vae: AutoencoderKL, banks: list[ViewBank], config: Autoenc
         factor = min(1.0, (step + 1) / config.warmup_steps) * 0.5 * (1.0 + math.cos(math.pi * elapsed / config.seconds))
         optimiser.param_groups[0]["lr"] = config.lr * factor
         optimiser.zero_grad(set_to_none=True)
-        # The last bank is drawn more rarely: the first one is the data that counts.
-        bank = banks[0] if len(banks) == 1 or step % 4 else banks[-1]
+        # The other banks are drawn more rarely, in turn: the first one is the data that counts.
+        bank = banks[0] if len(banks) == 1 or step % 4 else banks[1 + step // 4 % (len(banks) - 1)]
         if elapsed < config.crop_share * config.seconds:
             images = random_crops(bank, config.batch_size, config.crop, generator)
         else:

@@ -55,17 +55,26 @@ def elevations_anywhere(draw: Float[Tensor, "*b v"]) -> Float[Tensor, "*b v"]:
     return torch.cat([90 * draw[..., :half] - 10, on_sphere], dim=-1)
 
 
-def training_views(generator: torch.Generator) -> ViewSet:
-    """Draw the 40 training views of one object: two rings from a random phase, and 16 anywhere.
+def training_views(generator: torch.Generator, count: int = 40) -> ViewSet:
+    """Draw the training views of one object: two rings from a random phase, and the rest anywhere.
 
-    16 views lie at elevation 0 (references), 8 at elevation 30, and 16 at elevations in [-10, 80] degrees, half
-    uniform in angle and half uniform on the sphere. The scale is uniform in [0.85, 1].
+    Of 40, 16 views lie at elevation 0 (references), 8 at elevation 30, and 16 at elevations in [-10, 80] degrees,
+    half uniform in angle and half uniform on the sphere; other counts keep these shares. The scale is uniform in
+    [0.85, 1].
+
+    Raises:
+        InputError: ``count`` is not a positive multiple of 5.
     """
-    draw = torch.rand(50, generator=generator, dtype=torch.float64)
-    phase, scale = 360 * draw[0], 0.85 + 0.15 * draw[1]
-    azimuth = torch.cat([phase + 22.5 * torch.arange(16), phase + 45 * torch.arange(8), 360 * draw[18:34]])
-    anywhere = elevations_anywhere(torch.cat([draw[10:18], draw[2:10]]))
-    elevation = torch.cat([torch.zeros(16), torch.full((8,), 30.0), anywhere])
+    if count < 5 or count % 5:
+        raise InputError(f"{count} views cannot be shared out over two rings and elsewhere: use a multiple of 5")
+    level, high = 2 * count // 5, count // 5
+    draw = torch.rand(2 + 3 * level, generator=generator, dtype=torch.float64)
+    phase, scale, anywhere, around = 360 * draw[0], 0.85 + 0.15 * draw[1], draw[2 : 2 + level], draw[2 + level :]
+    rings = [phase + 360 / level * torch.arange(level), phase + 360 / high * torch.arange(high)]
+    azimuth = torch.cat([*rings, 360 * around[:level]])
+    elevation = torch.cat(
+        [torch.zeros(level), torch.full((high,), 30.0), elevations_anywhere(anywhere.roll(level // 2))]
+    )
     return ViewSet((azimuth % 360).tolist(), elevation.tolist(), float(scale))
 
 
@@ -117,13 +126,20 @@ _RENDERER: dict[tuple[int, int], MeshRenderer] = {}  # one window per process: o
 
 
 def render_object(
-    entry: dict[str, Any], meshes: Path, staging: Path, validation: bool, size: int, quality: int, seed: int
+    entry: dict[str, Any],
+    meshes: Path,
+    staging: Path,
+    validation: bool,
+    views_per_object: int,
+    size: int,
+    quality: int,
+    seed: int,
 ) -> str:
     """Render one object's views into ``staging`` unless they are there already; returns its name."""
     name = Path(entry["file"]).stem
     if (staging / f"{name}.json").exists():
         return name
-    views = validation_views() if validation else training_views(object_generator(name, seed))
+    views = validation_views() if validation else training_views(object_generator(name, seed), views_per_object)
     if (size, 4) not in _RENDERER:
         _RENDERER[size, 4] = MeshRenderer(size, 4)
     renderer = _RENDERER[size, 4]
@@ -143,6 +159,7 @@ def render_split(
     output: Path,
     *,
     validation: bool = False,
+    views: int = 40,
     size: int = 128,
     quality: int = 92,
     seed: int = 0,
@@ -157,7 +174,8 @@ def render_split(
     Args:
         meshes: folder of glTF files with an ``index.json``.
         output: the ``.tar`` to write.
-        validation: the fixed validation cameras in place of 40 random training ones.
+        validation: the fixed validation cameras in place of random training ones.
+        views: training views per object, a multiple of 5; an interrupted call must go on with the same number.
         size: side of a view in pixels.
         quality: WebP quality of the colours (alpha is lossless).
         seed: of the training cameras and scales.
@@ -174,7 +192,14 @@ def render_split(
     staging = output.with_suffix("")
     staging.mkdir(parents=True, exist_ok=True)
     work: Callable[[dict[str, Any]], str] = partial(
-        render_object, meshes=meshes, staging=staging, validation=validation, size=size, quality=quality, seed=seed
+        render_object,
+        meshes=meshes,
+        staging=staging,
+        validation=validation,
+        views_per_object=views,
+        size=size,
+        quality=quality,
+        seed=seed,
     )
     names = []
     if processes == 1:

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -103,6 +104,21 @@ class LatentBank:
         }
 
 
+class PooledBanks:
+    """Several banks, of as many views as each has, drawn from as one: each by its share of all objects."""
+
+    def __init__(self, banks: Sequence[LatentBank]) -> None:
+        self.banks = banks
+
+    def draw(self, count: int, num_query: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """See :meth:`LatentBank.draw`; every batch takes the same number of samples from each bank."""
+        objects = torch.tensor([len(bank.bank) for bank in self.banks]).cumsum(0)
+        edges = [0, *(count * objects / objects[-1]).round().int().tolist()]
+        sizes = [after - before for before, after in pairwise(edges)]
+        parts = [bank.draw(s, num_query, generator) for bank, s in zip(self.banks, sizes, strict=True) if s]
+        return {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+
+
 def _cameras(bank: ViewBank) -> tuple[Tensor, Tensor, Tensor]:
     return bank.azimuth, bank.elevation, bank.distance
 
@@ -135,10 +151,16 @@ def clock_of_first(seconds: float, device: torch.device) -> float:
     return float(reading)
 
 
-def encode_banks(model: NVSModel, banks: list[ViewBank], config: Pretraining) -> list[LatentBank]:
-    """Latents of all banks: ``config.copies`` augmented copies of the first, one of every other."""
+def encode_banks(
+    model: NVSModel, banks: list[ViewBank], config: Pretraining, pooled: int = 1
+) -> list[LatentBank | PooledBanks]:
+    """Latents of all banks: ``config.copies`` augmented copies of the first, one of every other.
+
+    Where ``pooled`` is more than 1, so many banks at the front have copies each, and become one bank to draw from.
+    """
     generator = torch.Generator(model.device).manual_seed(config.seed)
-    return [LatentBank(model, b, config.copies if i == 0 else 1, generator) for i, b in enumerate(banks)]
+    data = [LatentBank(model, b, config.copies if i < pooled else 1, generator) for i, b in enumerate(banks)]
+    return [PooledBanks(data[:pooled]) if pooled > 1 else data[0], *data[pooled:]]
 
 
 class DiffusionLoss(nn.Module):
@@ -183,7 +205,7 @@ class Pretrainer:
         data: the bank that counts first, an optional second one (procedural objects) after it.
     """
 
-    def __init__(self, model: NVSModel, data: list[LatentBank], config: Pretraining) -> None:
+    def __init__(self, model: NVSModel, data: Sequence[LatentBank | PooledBanks], config: Pretraining) -> None:
         self.model, self.config = model.train().requires_grad_(True), config
         # Convolutions in half precision want channels last on a GPU, and would change the format around each of them.
         model.network.unet.to(memory_format=torch.channels_last)

@@ -6,6 +6,7 @@ front. Lights are those of :mod:`nvsadapter_guidance.training.lights`.
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,25 @@ def corner_normals(
     summed = weights @ cross
     length = np.linalg.norm(summed, axis=1, keepdims=True)
     return np.where(length > 1e-20, summed / np.maximum(length, 1e-20), np.repeat(unit, 3, axis=0)).reshape(-1, 3, 3)
+
+
+def texture_image(part: Any) -> Image.Image | None:
+    """The picture on a ``trimesh.Trimesh``, where it has one and coordinates to lay it on with.
+
+    glTF and OBJ materials keep it under different names.
+    """
+    material = getattr(part.visual, "material", None)
+    image = getattr(material, "baseColorTexture", None) or getattr(material, "image", None)
+    return image if getattr(part.visual, "uv", None) is not None else None
+
+
+def corner_colours(part: Any) -> UInt8[np.ndarray, "corners 3"] | None:
+    """Colours of every face corner of a ``trimesh.Trimesh`` with coloured vertices or faces, else None."""
+    if part.visual.kind == "vertex":
+        return np.ascontiguousarray(part.visual.vertex_colors[part.faces.reshape(-1), :3], dtype=np.uint8)
+    if part.visual.kind == "face":
+        return np.repeat(part.visual.face_colors[:, :3], 3, axis=0).astype(np.uint8)
+    return None
 
 
 class MeshRenderer:
@@ -104,10 +124,13 @@ class MeshRenderer:
             parts = trimesh.load_scene(path).dump()
         except Exception as error:  # each reader fails in its own way
             raise InputError(f"mesh {path} cannot be read ({error}): give a .glb file") from error
+        self.show([part for part in parts if isinstance(part, trimesh.Trimesh) and len(part.faces)], scale)
+
+    def show(self, parts: Sequence[Any], scale: float = 1.0) -> None:
+        """Replace what is in the window by ``trimesh.Trimesh`` parts with faces, in glTF axes."""
         self._renderer.RemoveAllViewProps()
         for part in parts:
-            if isinstance(part, trimesh.Trimesh) and len(part.faces):
-                self._renderer.AddActor(self._actor(part, scale))
+            self._renderer.AddActor(self._actor(part, scale))
 
     def render(self, azimuth: float, elevation: float, distance: float = DISTANCE) -> UInt8[np.ndarray, "h w 4"]:
         """One view as straight-alpha RGBA; the camera stands at (azimuth, elevation) in degrees and looks at 0."""
@@ -160,14 +183,19 @@ class MeshRenderer:
         shading.SetAmbient(1.0)
         shading.SetDiffuse(1.0)
         shading.SetSpecular(0.0)
-        image = getattr(getattr(part.visual, "material", None), "baseColorTexture", None)
-        tint = (1.0, 1.0, 1.0) if image is not None else tuple(np.asarray(part.visual.main_color[:3]) / 255.0)
+        image, colours = texture_image(part), corner_colours(part)
+        plain = image is not None or colours is not None
+        tint = (1.0, 1.0, 1.0) if plain else tuple(np.asarray(part.visual.main_color[:3]) / 255.0)
         shading.SetDiffuseColor(*tint)
         shading.SetAmbientColor(*(AMBIENT * value for value in tint))
         if image is not None:
             coordinates = np.asarray(part.visual.uv, dtype=np.float32)[corners]
             data.GetPointData().SetTCoords(numpy_to_vtk(coordinates, deep=True))
             actor.SetTexture(self._texture(image))
+        elif colours is not None:
+            data.GetPointData().SetScalars(numpy_to_vtk(colours, deep=True))
+            mapper.ScalarVisibilityOn()
+            shading.SetAmbient(AMBIENT)  # of a vertex's colour; the property's own ambient colour is not looked at
         return actor
 
     def _texture(self, image: Image.Image) -> Any:

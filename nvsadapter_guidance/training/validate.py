@@ -3,16 +3,14 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
+from nvsadapter_guidance.evaluation.image_metrics import silhouette
 from nvsadapter_guidance.model import NVSModel
 from nvsadapter_guidance.pipeline import Poses, predict_clean, prepare
 from nvsadapter_guidance.sampling import sample
 from nvsadapter_guidance.training.views import ViewBank, composite
-
-SILHOUETTE_THRESHOLD = 0.06
-"""A pixel of a sampled view belongs to the object when a channel is darker than white by more than this."""
 
 
 @dataclass
@@ -29,11 +27,6 @@ class ViewScores:
     """PSNR of one-step denoising at half of the noise schedule."""
     turns_right: float
     """Share of objects whose view from azimuth 90 is nearer to the truth at 90 than at 270, among those that differ."""
-
-
-def silhouette(images: Float[Tensor, "B 3 H W"]) -> Bool[Tensor, "B H W"]:
-    """Pixels that are not white background."""
-    return (1.0 - images).amax(dim=1) > SILHOUETTE_THRESHOLD
 
 
 def psnr(prediction: Float[Tensor, "B 3 H W"], target: Float[Tensor, "B 3 H W"]) -> Float[Tensor, " B"]:

@@ -81,6 +81,15 @@ def test_a_model_folder_loads_too(tmp_path, image) -> None:
     assert np.array_equal(views(loaded, image), views(again, image))
 
 
+def test_a_name_with_an_owner_is_looked_for_here_before_the_hub(folder, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(NVSAdapterPipeline, "download", None)
+    monkeypatch.setenv("THREEDREC_CHECKPOINTS", str(tmp_path))
+    tiny_nvs_model().save(tmp_path / "model")
+    shutil.copytree(folder, tmp_path / "saved")
+    for name in ("model", "saved"):
+        assert NVSAdapterPipeline.from_pretrained(f"someone/{name}").config.model_config["name"] == "tiny"
+
+
 def test_components_are_shared_and_listed(pipeline) -> None:
     assert set(pipeline.components) == {"vae", "image_encoder", "unet", "adapter", "scheduler"}
     copy = NVSAdapterPipeline(**pipeline.components, model_config=pipeline.config.model_config)
@@ -218,6 +227,9 @@ def test_images_of_all_kinds_are_the_same() -> None:
         ({"elevations": [91.0] * 8}, "between -90 and 90"),
         ({"azimuths": [float("nan")] * 8}, "not a finite number"),
         ({"distances": [0.4] * 8}, "radius 0.5"),
+        ({"azimuths": 45.0}, "^azimuths: give a list of numbers"),
+        ({"elevations": ["level"] * 8}, "^elevations: give a list of numbers"),
+        ({"distances": 1.5}, "^distances: give a list of numbers"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0"),
         ({"num_inference_steps": 1001}, "number of sampling steps is 1001"),
         ({"num_query": 0}, "num_query is 0"),
@@ -230,6 +242,11 @@ def test_images_of_all_kinds_are_the_same() -> None:
 def test_mistakes_are_named(pipeline, image, options, words) -> None:
     with pytest.raises(InputError, match=words):
         views(pipeline, image, **options)
+
+
+def test_generators_of_each_view_are_refused(pipeline, image) -> None:
+    with pytest.raises(InputError, match="^generator: is of type list; give one"):
+        pipeline(image, [0], [30], generator=[torch.Generator()])
 
 
 @pytest.mark.parametrize("bad", ["photo.png", np.zeros((8, 8)), torch.zeros(2, 3, 8, 8), np.full((8, 8, 3), np.nan)])

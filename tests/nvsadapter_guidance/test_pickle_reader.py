@@ -3,6 +3,7 @@
 import collections
 import os
 import pickle
+import struct
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -121,11 +122,11 @@ def test_an_object_where_a_tensor_belongs_is_named(path: Path) -> None:
     assert "'layer.weight' is no tensor but int" in refusal(path)
 
 
-def rewrite(path: Path, change: dict[str, bytes | None]) -> None:
+def rewrite(path: Path, change: dict[str, bytes | None], compression: int = zipfile.ZIP_STORED) -> None:
     """Replace or remove (None) entries of the archive, by the end of their names."""
     with zipfile.ZipFile(path) as archive:
         entries = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(path, "w") as archive:
+    with zipfile.ZipFile(path, "w", compression) as archive:
         for name, content in entries.items():
             new = next((value for end, value in change.items() if name.endswith(end)), content)
             if new is not None:
@@ -147,6 +148,116 @@ def test_damaged_archives_are_refused(path: Path, change: dict[str, bytes | None
     torch.save({"state_dict": {"a": torch.ones(8)}}, path)
     rewrite(path, change)
     refusal(path)
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def number(value: int) -> bytes:
+    digits = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+    return b"\x8a" + bytes([len(digits)]) + digits
+
+
+def tensor_pickle(shape: tuple[int, ...], stride: tuple[int, ...], numel: int = 8, offset: int = 0) -> bytes:
+    """``{"a": tensor}`` of a float32 storage, whatever its sizes."""
+    sizes = b"".join(b"(" + b"".join(map(number, values)) + b"t" for values in (shape, stride))
+    storage = b"(" + text("storage") + b"ctorch\nFloatStorage\n" + text("0") + text("cpu") + number(numel) + b"tQ"
+    tensor = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + number(offset) + sizes + b"\x89NtR"
+    return b"\x80\x02}" + text("a") + tensor + b"s."
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        ((2**70,), (0,)),
+        ((2**40, 2**40), (0, 0)),
+        ((0,), (2**70,)),
+        ((0,), (1,), 8, 2**70),
+        ((0,), (1,), -3),
+        ((2,), (1,), 2**70),
+    ],
+)
+def test_absurd_sizes_are_refused(path: Path, sizes: Any) -> None:
+    torch.save({"a": torch.ones(8)}, path)
+    rewrite(path, {"data.pkl": tensor_pickle((8,), (1,))})
+    assert torch.equal(TensorFile(path)["a"], torch.ones(8))
+    rewrite(path, {"data.pkl": tensor_pickle(*sizes)})
+    with pytest.raises(InputError, match="is damaged"):
+        TensorFile(path)["a"]
+
+
+@pytest.mark.parametrize("method", ["get", "items"])
+@pytest.mark.parametrize("on_class", [False, True], ids=["object", "class"])
+def test_a_pickle_cannot_change_the_dictionaries_it_is_read_into(path: Path, method: str, on_class: bool) -> None:
+    torch.save({"a": torch.ones(8)}, path)
+    attribute = b"}" + text(method) + b"K\x05s"
+    build = b"N" + attribute + b"\x86b)R." if on_class else b")R" + attribute + b"b."
+    rewrite(path, {"data.pkl": b"\x80\x02ccollections\nOrderedDict\n" + build})
+    if on_class:
+        assert "damaged" in refusal(path)
+    else:
+        assert len(TensorFile(path)) == 0
+
+
+def patched(content: bytes, entry: bytes, offset: int, value: bytes) -> bytes:
+    """Change bytes of the central directory's record of an entry."""
+    name = content.rindex(entry)
+    start = content.rindex(b"PK\x01\x02", 0, name)
+    return content[: start + offset] + value + content[start + offset + len(value) :]
+
+
+LIES: dict[str, tuple[bytes, int, bytes]] = {
+    "encrypted pickle": (b"data.pkl", 8, b"\x01\x00"),
+    "encrypted numbers": (b"data/0", 8, b"\x01\x00"),
+    "unknown compression": (b"data.pkl", 10, b"\x63\x00"),
+    "name that is no UTF-8": (b"data/0", 8, b"\x00\x08"),
+    "pickle beyond the end": (b"data.pkl", 42, struct.pack("<I", 2**30)),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_archives_that_lie_are_refused(path: Path, lie: str) -> None:
+    torch.save({"a": torch.ones(8)}, path)
+    rewrite(path, {})
+    content = patched(path.read_bytes(), *LIES[lie])
+    if "UTF-8" in lie:
+        content = patched(content, b"data/0", 46, b"\xff\xfe")
+    path.write_bytes(content)
+    refusal(path)
+
+
+@pytest.mark.parametrize("where", ["size", "extra"])
+def test_numbers_beyond_the_end_of_the_file_are_refused(path: Path, where: str) -> None:
+    torch.save({"a": torch.ones(8)}, path)
+    rewrite(path, {"data.pkl": tensor_pickle((2**20,), (1,), 2**20)} if where == "size" else {})
+    content = path.read_bytes()
+    if where == "size":
+        content = patched(content, b"data/0", 24, struct.pack("<I", 2**22))
+    else:
+        start = content.rindex(b"PK\x03\x04", 0, content.index(b"data/0"))
+        content = content[: start + 28] + b"\xff\xff" + content[start + 30 :]
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="numbers of storage 0 are missing"):
+        TensorFile(path)["a"]
+
+
+@pytest.mark.parametrize(
+    "change, compressed, message",
+    [
+        ({"data.pkl": b"\x80\x02Nr" + struct.pack("<I", 2**26) + b"."}, False, "under the number 67108864"),
+        ({"data.pkl": b"\x80\x02(" + b"}" * 2**23 + b"t."}, False, "data.pkl' has 8388613 bytes"),
+        ({"byteorder": bytes(2**10)}, False, "byteorder' has 1024 bytes"),
+        ({}, True, "not one that torch.save wrote"),
+    ],
+    ids=["memo", "objects", "byte order", "compressed"],
+)
+def test_small_files_cannot_take_much_memory(
+    path: Path, change: dict[str, bytes | None], compressed: bool, message: str
+) -> None:
+    torch.save({"a": torch.ones(8)}, path)
+    rewrite(path, change, zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED)
+    assert message in refusal(path)
 
 
 @pytest.mark.parametrize("change", [{"data/0": None}, {"data/0": b"\x00" * 8}], ids=["missing", "short"])

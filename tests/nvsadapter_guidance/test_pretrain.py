@@ -139,6 +139,21 @@ def test_batches_hold_the_support_first_and_mirror_azimuths() -> None:
     assert set(signs[..., 1:8].sign().unique().tolist()) == {-1.0, 1.0}
 
 
+def test_banks_of_different_numbers_of_views_are_drawn_by_their_objects() -> None:
+    model = tiny_nvs_model(adapter=tiny_nvs_model().config.adapter | {"num_query": 4})
+    many, few = coloured_discs(6), coloured_discs(2)
+    few = replace(few, rgba=few.rgba[:, :8], distance=few.distance[:, :8] + 1)
+    few = replace(few, azimuth=few.azimuth[:, :8], elevation=few.elevation[:, :8])
+    pooled, procedural = encode_banks(model, [many, few, coloured_discs(1)], CONFIG, pooled=2)
+    batch = pooled.draw(8, 4, torch.Generator().manual_seed(0))
+    assert batch["latents"].shape == (8, 5, 4, 8, 8) and batch["image"].shape == (8, 3, 32, 32)
+    assert [int(d > 2) for d in batch["distance"][:, 0]] == [0] * 6 + [1] * 2
+    assert [bank.latents.shape[:3] for bank in pooled.banks] == [(2, 6, 16), (2, 2, 8)]
+    assert procedural.latents.shape[:3] == (1, 1, 16)
+    run = Pretrainer(model, [pooled, procedural], replace(CONFIG, procedural_share=0.25))
+    assert run.draw()["latents"].shape == (8, 5, 4, 8, 8)
+
+
 def test_the_loss_falls_and_inert_parameters_stay() -> None:
     run = trainer()
     inert = [p.clone() for p in run.model.parameters() if not p.requires_grad]

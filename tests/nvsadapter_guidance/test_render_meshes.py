@@ -132,6 +132,15 @@ def test_training_views_are_those_promised_and_repeatable():
     assert 0.85 <= views.scale <= 1.0
 
 
+def test_fewer_training_views_keep_the_shares_of_the_rings():
+    views = training_views(object_generator("chair"), 20)
+    assert views.elevation[:12] == [0.0] * 8 + [30.0] * 4 and len(views.azimuth) == len(views.elevation) == 20
+    np.testing.assert_allclose(np.diff(views.azimuth[:8]) % 360, 45, rtol=1e-5)
+    assert all(-10 <= value <= 80 for value in views.elevation)
+    with pytest.raises(InputError, match="12 views"):
+        training_views(object_generator("chair"), 12)
+
+
 def test_validation_views_are_fixed():
     views = validation_views()
     assert views.azimuth == [0, 45, 90, 135, 180, 225, 270, 315] * 2

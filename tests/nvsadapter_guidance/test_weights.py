@@ -6,6 +6,7 @@ import pytest
 
 from nvsadapter_guidance.errors import InputError
 from nvsadapter_guidance.model import MINI_MODEL
+from nvsadapter_guidance.weight_files import find_weight_file
 from nvsadapter_guidance.weights import RELEASED_CHECKPOINT, RELEASED_CONFIG, choose_weights
 
 
@@ -46,6 +47,11 @@ def test_released_weights_that_are_missing_are_an_error_with_names_sizes_and_com
     assert "\n" not in message
 
 
+def test_a_folder_in_the_cache_of_the_hub_is_no_weight_file(tmp_path: Path) -> None:
+    (tmp_path / "hub/models--a--b/snapshots/0/unet").mkdir(parents=True)
+    assert find_weight_file("unet") is None
+
+
 def test_a_path_that_leads_nowhere_is_named() -> None:
-    with pytest.raises(InputError, match="'no/such/model'"):
+    with pytest.raises(InputError, match="^weights: none at 'no/such/model'"):
         choose_weights("no/such/model")

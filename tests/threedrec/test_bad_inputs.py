@@ -383,9 +383,9 @@ def test_released_weights_that_are_missing(launch, tmp_path, monkeypatch):
     monkeypatch.setenv("THREEDREC_CHECKPOINTS", str(tmp_path / "nowhere"))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     line = launch("system.guidance.pretrained=released")
-    for words in ("system.guidance.pretrained", "base_query_4_step_200000.ckpt", "GB", "3drec weights download"):
+    for words in ("error: weights: ", "base_query_4_step_200000.ckpt", "GB", "3drec weights download"):
         assert words in line
-    assert "no weights at 'no/such'" in launch("system.guidance.pretrained=no/such")
+    assert "weights: none at 'no/such'" in launch("system.guidance.pretrained=no/such")
 
 
 def test_the_script_itself(repository, tmp_path):

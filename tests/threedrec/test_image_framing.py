@@ -64,7 +64,7 @@ def test_the_box_is_centred_fills_what_it_should_and_keeps_its_aspect(tall, wide
     assert (x0 + x1) / 2 == pytest.approx(size / 2, abs=0.51)
     # Mass: every input pixel becomes scale^2 output pixels, unless the filter leaves the frame (fill near 1).
     if fill < 0.9:
-        assert framed.sum() == pytest.approx(tall * wide * scale**2, rel=0.02)
+        assert framed.sum() == pytest.approx(tall * wide * scale**2, rel=0.04)
 
 
 def test_framing_twice_changes_nothing():

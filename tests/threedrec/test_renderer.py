@@ -159,3 +159,19 @@ def test_nothing_in_sight_gives_the_background():
 def test_impossible_renderers_name_their_key(change: dict, message: str):
     with pytest.raises(InputError, match=message):
         VolumeRenderer.Config(**change)
+
+
+@pytest.mark.parametrize("normals", [True, False])
+def test_training_in_parts_changes_no_gradient(normals):
+    found = []
+    for size in (0, 100):
+        model = build({"train_chunk_size": size, "return_normal_perturb": True}, density_bias=2.0).train()
+        output = model(*flat_rays(8), normals=normals, generator=torch.Generator().manual_seed(0))
+        loss = output.rgb.square().sum() + output.depth.sum()
+        if normals:
+            assert len(output.samples.points) > 500
+            loss = loss + output.normal[:, 0].sum() + output.samples.normal_perturbed[:, 1].sum()
+        loss.backward()
+        found.append([parameter.grad for parameter in model.geometry.parameters()])
+    for one, parts in zip(*found, strict=True):
+        torch.testing.assert_close(one, parts, atol=1e-4 * float(one.abs().max()), rtol=1e-3)

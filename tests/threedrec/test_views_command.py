@@ -8,13 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from nvsadapter_guidance import weights
+from nvsadapter_guidance.diffusers_pipeline import NVSAdapterPipeline
 from threedrec import cli
 from threedrec.errors import InputError
 from threedrec.view_files import orbit_order, view_name
-from threedrec.views import ViewsJob, check_views
+from threedrec.views import ViewsJob, check_views, choose_dtype
 
 OTHERS = ["orbit.mp4", "sheet.png", "views.json"]
 
@@ -88,12 +90,29 @@ def pixels(folder: Path, index: int) -> np.ndarray:
     return np.asarray(Image.open(folder / view_name(index)))
 
 
-def test_the_files_are_exactly_these(command):
+def test_the_files_are_exactly_these(command, model, image):
     code, _, folder = command()
     assert code == 0 and names(folder) == [view_name(i) for i in range(8)] + OTHERS
     record = json.loads((folder / "views.json").read_text())
     assert [view["azimuth"] for view in record["views"]] == [0, 45, 90, 135, 180, 225, 270, 315]
-    assert record["model"] == "tiny" and record["num_inference_steps"] == 2 and record["num_query"] == 4
+    views = [record.pop("views")[7], record.pop("seconds") > 0]
+    assert views == [{"file": "007.png", "elevation": 0, "azimuth": 315, "distance": 1.5}, True]
+    assert record == {
+        "image": str(image),
+        "model": "tiny",
+        "weights": str(model),
+        "use_ema": None,
+        "pose_convention": "training",
+        "prompt": "",
+        "scheduler": "euler",
+        "num_inference_steps": 2,
+        "guidance_scale": 2.0,
+        "num_query": 4,
+        "seed": 0,
+        "resolution": 32,
+        "device": "cpu",
+        "dtype": "float32",
+    }
     assert pixels(folder, 0).shape == (32, 32, 3)
     assert Image.open(folder / "sheet.png").size[0] > 3 * 128
 
@@ -111,6 +130,13 @@ def test_fewer_views_take_the_place_of_earlier_ones_and_leave_other_files(comman
     (folder / "123.png").write_bytes(b"mine")
     code, _, _ = command("--elevations", "0", "-20", "--azimuths", "30", "-60", "--distances", "1.5", "2")
     assert code == 0 and names(folder) == ["000.png", "001.png", "123.png", *OTHERS]
+
+
+def test_weights_are_found_where_weights_are_looked_for(command, model, monkeypatch):
+    monkeypatch.setenv("THREEDREC_CHECKPOINTS", str(model.parent))
+    code, (line,), folder = command("--count", "1", "--model", f"some/{model.name}")
+    assert code == 0 and json.loads((folder / "views.json").read_text())["weights"] == str(model)
+    assert "1 view in " in line
 
 
 def test_resolution_and_scheduler(command):
@@ -137,7 +163,9 @@ def test_resolution_and_scheduler(command):
         (["--dtype", "int8"], "--dtype int8"),
         (["--offload", "disk"], "--offload disk"),
         (["--resolution", "3"], "--resolution 3"),
-        (["--model", "nowhere"], "no weights at 'nowhere'"),
+        (["--model", "nowhere"], "error: weights: none at 'nowhere'"),
+        (["--model-config", "nope.yaml"], "configuration nope.yaml: goes with a released checkpoint alone"),
+        (["--raw"], "--raw: goes with a released checkpoint alone"),
         (["--pose-convention", "released-sampling"], "released-sampling is a property of the released"),
         (["--elevation", "3"], "unknown argument --elevation"),
     ],
@@ -186,10 +214,51 @@ def test_the_released_line_works_with_the_files(script, released, image, tmp_pat
     assert json.loads((tmp_path / "ema" / "views.json").read_text())["model"].startswith("nvs-adapter")
 
 
-def test_a_resolution_that_the_network_cannot_take_is_named(script, released, image):
+def test_a_resolution_that_the_network_cannot_take_is_named_before_anything_is_read(
+    script, released, image, monkeypatch
+):
+    monkeypatch.setattr("threedrec.views.load_pipeline", None)
     line = ["--input_image_path", image, "--elevations", 0, "--azimuths", 0, "--ckpt_path", released, "--steps", 1]
     code, (last,) = script(*line, "--resolution", 100)
-    assert code == 2 and "image_size is 100; use a multiple of" in last
+    assert code == 2 and "--resolution is 100; use a multiple of 16" in last
+
+
+@pytest.fixture
+def sampled(monkeypatch) -> list:
+    """Arguments and results of the pipeline's calls."""
+    calls, original = [], NVSAdapterPipeline.__call__
+
+    def spy(pipeline, *arguments, **options):
+        result = original(pipeline, *arguments, **options)
+        calls.append((pipeline, arguments, options, result[0]))
+        return result
+
+    monkeypatch.setattr(NVSAdapterPipeline, "__call__", spy)
+    return calls
+
+
+def test_the_script_samples_as_released(script, sampled, released, image, tmp_path):
+    """The image raw with its alpha, neighbours in groups, float32, the fraction of a byte cut off."""
+    line = ["--input_image_path", image, "--elevations", *[0] * 5, "--azimuths", *range(0, 150, 30)]
+    assert script(*line, "--ckpt_path", released, "--steps", 1, "--logdir", tmp_path / "log")[0] == 0
+    ((pipeline, arguments, options, views),) = sampled
+    assert arguments[0].mode == "RGBA" and np.array_equal(arguments[0], Image.open(image))
+    assert options["rotating_groups"] is False and options["num_query"] is None
+    assert options["guidance_scale"] == 3.0 and options["prompt"] == ""
+    assert pipeline.unet.dtype == pipeline.vae.dtype == torch.float32
+    written = np.stack([pixels(tmp_path / "log", i) for i in range(5)])
+    assert np.array_equal(written, np.floor(views * 255)) and not np.array_equal(written, np.rint(views * 255))
+    record = json.loads((tmp_path / "log" / "views.json").read_text())
+    assert record["weights"] == str(released) and record["use_ema"] is False and record["resolution"] == 64
+
+
+def test_the_command_rounds_and_frames_with_released_weights_too(command, sampled, released):
+    code, _, folder = command("--count", "2", "--model", str(released))
+    ((_, arguments, options, views),) = sampled
+    assert code == 0 and options["rotating_groups"] is True
+    assert arguments[0].mode == "RGB" and arguments[0].size == (512, 512)
+    assert np.array_equal(pixels(folder, 1), np.floor(views[1] * 255 + np.float32(0.5)))
+    assert json.loads((folder / "views.json").read_text())["use_ema"] is True
 
 
 def test_the_scripts_other_flags(script, image, tmp_path, monkeypatch):
@@ -209,9 +278,17 @@ def test_the_scripts_mistakes_end_in_one_line(script, image):
         (["--azimuths", 0, 30], "1 given beside 2"),
         (["--input_image_path", "none.png"], "none.png: no such file"),
         (["--num_query", 0], "num_query is 0"),
+        (["--config_path", image], f"configuration {image}: goes with a released checkpoint alone"),
     ):
         code, (last,) = script(*line, *more)
         assert code == 2 and last.startswith("error: ") and words in last
+
+
+def test_only_released_weights_outside_the_script_are_halved_and_only_on_a_gpu():
+    job, script_job, cuda = ViewsJob("a", "b"), ViewsJob("a", "b", as_released=True), torch.device("cuda")
+    assert choose_dtype(job, "released", cuda) == torch.float16
+    for case in ((script_job, "released", cuda), (job, "mini", cuda), (job, "released", torch.device("cpu"))):
+        assert choose_dtype(*case) == torch.float32
 
 
 def test_angles_left_out_are_spread_around():

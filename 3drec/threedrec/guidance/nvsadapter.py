@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nvsadapter_guidance.guidance import ScoreDistillation
+from nvsadapter_guidance.memory import memory_plan
 from nvsadapter_guidance.pipeline import Poses
 from nvsadapter_guidance.sampling import sample
 from nvsadapter_guidance.weight_files import locate
@@ -56,6 +57,9 @@ class NVSAdapterGuidanceConfig:
     """Signs of relative camera poses: as in training, or as in the released sampling script."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the network and the image encoder; ``auto`` is float16 for full-size weights on a GPU, otherwise float32."""
+    memory: Literal["auto", "normal", "low"] = "auto"
+    """How much is judged at a time: ``low`` takes less GPU memory and longer for the same result; ``auto`` is ``low``
+    on GPUs of less than 14 GB (`docs/memory.md`)."""
     warm_start: WarmStartConfig = field(default_factory=lambda: WarmStartConfig(enabled=False))
     """Sample views and fit the field to them first."""
 
@@ -82,7 +86,8 @@ class NVSAdapterGuidance:
             pose_convention=config.pose_convention,
         )
         self.description = f"{self.model.config.name} ({choice.reason.split(';')[0]})"
-        self.distillation = ScoreDistillation(self.model, config.guidance_scale, config.num_query)
+        plan = memory_plan(config.memory, device)
+        self.distillation = ScoreDistillation(self.model, config.guidance_scale, config.num_query, memory=plan)
 
     @staticmethod
     def model_family(pretrained: str) -> str:
@@ -132,7 +137,8 @@ class NVSAdapterGuidance:
             generator,
             num_inference_steps,
             guidance_scale,
-            groups_per_call=8 if device.type == "cuda" else 1,
+            # On the CPU one group at a time stays in its caches.
+            groups_per_call=(self.distillation.memory.groups_per_call or 8) if device.type == "cuda" else 1,
             on_step=on_step,
         )
         return _from_model(images)

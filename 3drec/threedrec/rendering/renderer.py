@@ -16,10 +16,13 @@ from threedrec.field.volume import FieldOutput, ImplicitVolume
 from threedrec.rendering.compositing import accumulate, render_weights, visible
 from threedrec.rendering.marching import Intervals, march
 from threedrec.rendering.occupancy import OccupancyGrid, step_length
+from threedrec.rendering.recompute import PointFunction, in_parts
 from threedrec.rendering.shading import DiffusePointLight, NoMaterial
 
 PERTURBATION = 1e-2
 """Standard deviation, world units, of the neighbours whose normals 3D smoothness compares."""
+CUDA_CHUNK = 2**17
+"""Points whose graph a GPU holds at a time: about 2 GB in their backward pass, with the released hash grid."""
 
 
 class Samples(NamedTuple):
@@ -71,6 +74,9 @@ class VolumeRenderer(nn.Module):
         """Steps along the diagonal of the box."""
         eval_chunk_size: int = 160000
         """Points per call of the networks outside training."""
+        train_chunk_size: int = 0
+        """Points per call of the networks in training; beyond it they are computed again for the backward pass, so
+        that memory does not grow with the number of samples. 0: no limit on the CPU, `CUDA_CHUNK` on a GPU."""
         randomized: bool = True
         """In training, move each ray's samples at random by up to a step."""
         near_plane: float = 0.0
@@ -94,6 +100,8 @@ class VolumeRenderer(nn.Module):
             for name in ("num_samples_per_ray", "eval_chunk_size", "occupancy_resolution", "occupancy_interval"):
                 if getattr(self, name) < 1:
                     raise InputError(f"renderer.{name}: must be at least 1, got {getattr(self, name)}")
+            if self.train_chunk_size < 0:
+                raise InputError(f"renderer.train_chunk_size: must be 0 or more, got {self.train_chunk_size}")
             if self.radius <= 0:
                 raise InputError(f"renderer.radius: must be above zero, got {self.radius}")
 
@@ -166,7 +174,7 @@ class VolumeRenderer(nn.Module):
         background = self.background(rays_d, generator) if bg_color is None else bg_color
         perturbed = None
         if field.normal is not None and self.training and self.config.return_normal_perturb:
-            perturbed = self.geometry.normal(points + PERTURBATION * _normal_like(points, generator))
+            perturbed = self._normal(points + PERTURBATION * _normal_like(points, generator))
         samples = Samples(
             weights[:, None],
             field.density,
@@ -268,12 +276,19 @@ class VolumeRenderer(nn.Module):
         return {name: torch.cat(values) for name, values in parts.items()}
 
     def _field(self, points: Float[Tensor, "N 3"], normals: bool) -> FieldOutput:
-        chunk = self.config.eval_chunk_size
-        if torch.is_grad_enabled() or len(points) <= chunk:
-            return self.geometry(points, normals)
-        parts = [self.geometry(part, normals) for part in points.split(chunk)]
-        density, features, normal = zip(*parts, strict=True)
-        return FieldOutput(torch.cat(density), torch.cat(features), torch.cat(normal) if normals else None)
+        if normals:
+            return FieldOutput(*self._in_parts(lambda part: tuple(self.geometry(part, True)), points))
+        density, features = self._in_parts(lambda part: tuple(self.geometry(part)[:2]), points)
+        return FieldOutput(density, features, None)
+
+    def _normal(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:
+        return self._in_parts(lambda part: (self.geometry.normal(part),), points)[0]
+
+    def _in_parts(self, function: PointFunction, points: Float[Tensor, "N 3"]) -> tuple[Tensor, ...]:
+        size = self.config.eval_chunk_size
+        if torch.is_grad_enabled():
+            size = self.config.train_chunk_size or (CUDA_CHUNK if points.is_cuda else len(points))
+        return in_parts(function, points, size, self.geometry.parameters())
 
 
 def _composite(samples: Samples, colors: Float[Tensor, "N 3"], background: Float[Tensor, "R 3"]) -> RenderOutput:

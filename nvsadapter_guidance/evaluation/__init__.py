@@ -1,0 +1,1 @@
+"""Evaluation: imagined views and reconstructed meshes against the truth."""
