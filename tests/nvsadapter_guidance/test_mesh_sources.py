@@ -10,6 +10,7 @@ from PIL import Image
 from nvsadapter_guidance.errors import InputError
 from nvsadapter_guidance.training.mesh_dataset import read_index
 from nvsadapter_guidance.training.sources import packages
+from nvsadapter_guidance.training.sources.catalogues import zero_ad
 from nvsadapter_guidance.training.sources.collect import Lookalikes, collect, known_shapes
 from nvsadapter_guidance.training.sources.furniture import catalogue_size, load_model, read_catalogue
 from nvsadapter_guidance.training.sources.g3d import read_g3d
@@ -239,6 +240,26 @@ def test_an_actor_is_put_together_with_its_props_and_faces_plus_z(art):
     assert house.visual.material.baseColorTexture.getpixel((0, 0)) == (200, 0, 0)
     before = trimesh.Trimesh(POINTS, FACES).volume
     assert trimesh.Trimesh(house.vertices, house.faces).volume == pytest.approx(before), "still inside out or outside"
+
+
+def test_the_catalogue_of_a_game_is_read_from_its_archive(art, tmp_path_factory):
+    cache = tmp_path_factory.mktemp("cache")
+    folder = cache / "0ad-data/usr/share/games/0ad/mods/public"
+    folder.mkdir(parents=True)
+    with zipfile.ZipFile(folder / "public.zip", "w") as archive:
+        archive.write(art / "actors/hut.xml", "art/actors/structures/a_first.xml")
+        for path in (path for path in art.rglob("*") if path.is_file()):
+            name = path.relative_to(art).as_posix().replace("actors/", "actors/structures/")
+            archive.write(path, f"art/{name}")
+        archive.write(art / "actors/hut.xml", "art/actors/structures/a_decal.xml")
+        archive.writestr("audio/song.ogg", "")
+    for _ in range(2):  # unpacked, then found unpacked
+        (hut,) = (item for item in zero_ad(cache) if "hut" in item.name)
+        assert (hut.name, hut.licence) == ("zad_structures_hut", "CC-BY-SA-3.0")
+        assert hut.source == "0ad-data: public.zip/art/actors/structures/hut.xml"
+        assert len(hut.load()) == 1
+    assert not any("decal" in item.name for item in zero_ad(cache))
+    assert sorted(path.name for path in cache.iterdir()) == ["0ad-art", "0ad-data"]
 
 
 def test_what_lies_underground_is_lifted(art):
