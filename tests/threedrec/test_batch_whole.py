@@ -100,7 +100,7 @@ def test_a_killed_batch_ends_as_if_nothing_had_happened(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("THREEDREC_LONG"), reason="takes half an hour; THREEDREC_LONG=1 runs it")
+@pytest.mark.skipif(not os.environ.get("THREEDREC_LONG"), reason="takes five minutes; THREEDREC_LONG=1 runs it")
 def test_a_hundred_images_killed_three_times(tmp_path):
     check_killed_batch(tmp_path, good=80, bad=20, kills=3)
 
