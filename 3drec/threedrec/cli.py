@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 from threedrec import __version__
@@ -77,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=RUN_EXAMPLES,
     )
     _add_run_arguments(run)
+    run.set_defaults(start=partial(_start, _run_job))
     launch = commands.add_parser(
         "launch",
         help="run a config file; the same as python launch.py",
@@ -84,20 +86,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=LAUNCH_EXAMPLES,
     )
     _add_launch_arguments(launch)
+    launch.set_defaults(start=partial(_start, _launch_job))
     _add_views_command(commands)
     _add_weights_command(commands)
     _add_doctor_command(commands)
-    batch = _add_batch_command(commands)
+    _add_batch_command(commands)
     _add_data_commands(commands)
     options, rest = parser.parse_known_args(arguments)
-    if options.command in ("views", "weights", "doctor"):
-        return _start_plain(commands.choices[options.command], options, rest)
-    if options.command == "batch":
-        return _start_batch(batch, options, rest)
-    if options.command in ("render", "evaluate"):
-        return _start_data_command(commands.choices[options.command], options, rest)
-    chosen = {"run": run, "launch": launch}[options.command]
-    return _start(_run_job if options.command == "run" else _launch_job, chosen, options, rest)
+    return options.start(commands.choices[options.command], options, rest)
 
 
 def launch_main(arguments: Sequence[str] | None = None) -> int:
@@ -142,10 +138,11 @@ def _add_views_command(commands: Any) -> None:
     add("--gpu", default="auto", metavar="G", help="auto (default), cpu, or a CUDA id such as 0")
     add("--verbose", action="store_true", help="show debug lines and warnings of libraries")
     add("--debug", action="store_true", help="show the traceback of a user's mistake too")
+    views.set_defaults(start=partial(_start_plain, _run_views))
 
 
 def _add_weights_command(commands: Any) -> None:
-    from threedrec.weights_command import EXAMPLES, add_arguments
+    from threedrec.weights_command import EXAMPLES, add_arguments, run
 
     weights = commands.add_parser(
         "weights",
@@ -154,6 +151,7 @@ def _add_weights_command(commands: Any) -> None:
         epilog=EXAMPLES,
     )
     add_arguments(weights)
+    weights.set_defaults(start=partial(_start_plain, run))
 
 
 def _add_doctor_command(commands: Any) -> None:
@@ -166,19 +164,20 @@ def _add_doctor_command(commands: Any) -> None:
     doctor.add_argument("--json", action="store_true", help="as JSON on stdout")
     doctor.add_argument("--verbose", action="store_true", help="show debug lines and warnings of libraries")
     doctor.add_argument("--debug", action="store_true", help="show the traceback of a user's mistake too")
+    doctor.set_defaults(start=partial(_start_plain, _run_doctor))
 
 
-def _add_batch_command(commands: Any) -> Parser:
+def _add_batch_command(commands: Any) -> None:
     from threedrec.batch_command import EXAMPLES, add_arguments
 
-    batch: Parser = commands.add_parser(
+    batch = commands.add_parser(
         "batch",
         help="make meshes from a folder of images, on one machine or a cluster",
         description="Make a mesh from every image of a folder.",
         epilog=EXAMPLES,
     )
     add_arguments(batch)
-    return batch
+    batch.set_defaults(start=_start_batch)
 
 
 def _add_data_commands(commands: Any) -> None:
@@ -191,6 +190,7 @@ def _add_data_commands(commands: Any) -> None:
         epilog=render_command.EXAMPLES,
     )
     render_command.add_arguments(render)
+    render.set_defaults(start=partial(_start_data_command, render_command.start))
     evaluate = commands.add_parser(
         "evaluate",
         help="how good imagined views or reconstructed meshes are",
@@ -198,16 +198,18 @@ def _add_data_commands(commands: Any) -> None:
         epilog=evaluate_command.EXAMPLES,
     )
     evaluate_command.add_arguments(evaluate)
+    evaluate.set_defaults(start=partial(_start_data_command, evaluate_command.start))
 
 
-def _start_data_command(parser: argparse.ArgumentParser, options: argparse.Namespace, rest: Sequence[str]) -> int:
+def _start_data_command(
+    start: Callable[[argparse.Namespace, Sequence[str]], int],
+    parser: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    rest: Sequence[str],
+) -> int:
     """Run a command that skips what it cannot use, and says so in its exit code."""
-    from threedrec import evaluate_command, render_command
-
-    if rest:
-        parser.error(f"unknown argument {rest[0]}")
+    _refuse_arguments(parser, rest)
     setup_logging(options.verbose)
-    start = render_command.start if options.command == "render" else evaluate_command.start
     return start(options, sys.argv)
 
 
@@ -273,25 +275,28 @@ def _refuse_options(parser: argparse.ArgumentParser, rest: Sequence[str]) -> Non
             parser.error(f"unknown option {text}{nearest(text.split('=')[0], known)}")
 
 
-def _start_plain(parser: argparse.ArgumentParser, options: argparse.Namespace, rest: list[str]) -> int:
-    """Run a command that takes no ``key=value``."""
+def _refuse_arguments(parser: argparse.ArgumentParser, rest: Sequence[str]) -> None:
+    """Refuse whatever is left, where a command takes no ``key=value``."""
     if rest:
         parser.error(f"unknown argument {rest[0]}")
+
+
+def _start_plain(
+    run: Callable[[argparse.Namespace], None],
+    parser: argparse.ArgumentParser,
+    options: argparse.Namespace,
+    rest: Sequence[str],
+) -> int:
+    """Run a command that takes no ``key=value``."""
+    _refuse_arguments(parser, rest)
     setup_logging(options.verbose)
+    return guarded(lambda: run(options), debug=options.debug, resume_hint=f"go on with: {command_line(sys.argv)}")
 
-    def command() -> None:
-        if options.command == "views":
-            _run_views(options)
-        elif options.command == "doctor":
-            from threedrec import doctor
 
-            doctor.run(options.json)
-        else:
-            from threedrec import weights_command
+def _run_doctor(options: argparse.Namespace) -> None:
+    from threedrec import doctor
 
-            weights_command.run(options)
-
-    return guarded(command, debug=options.debug, resume_hint=f"go on with: {command_line(sys.argv)}")
+    doctor.run(options.json)
 
 
 def _run_views(options: argparse.Namespace) -> None:
