@@ -11,15 +11,13 @@ them. Every measurement is added to ``<out>/reconstruct.jsonl``, one JSON object
 import argparse
 import json
 import logging
-import platform
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import records
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -53,9 +51,9 @@ def measure(device: str, image: Path, config: str, overrides: list[str]) -> dict
         seconds = time.perf_counter() - start
         metrics = json.loads((run_dir / "metrics.json").read_text())
     return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "date": records.now(),
+        "machine": records.cpu(),
+        "versions": records.versions(PACKAGES),
         "image": image.name,
         "overrides": overrides,
         "total_seconds": round(seconds, 1),
@@ -85,9 +83,7 @@ def main() -> None:
     results = [measure(device, args.image, args.config, args.overrides) for device in devices]
     Console().print(table(results))
     if not args.no_save:
-        args.out.mkdir(parents=True, exist_ok=True)
-        with (args.out / "reconstruct.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(result) + "\n" for result in results)
+        records.append(args.out, "reconstruct.jsonl", results)
 
 
 if __name__ == "__main__":

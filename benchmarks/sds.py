@@ -17,16 +17,14 @@ import argparse
 import csv
 import json
 import math
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import records
 import torch
 from released_parity import released_tensors
 from rich.console import Console
@@ -227,24 +225,19 @@ def measure_run(args: argparse.Namespace) -> list[dict[str, Any]]:
 def main() -> int:
     """Measure, print and keep."""
     args = parse()
-    on_gpu = torch.device(args.device).type == "cuda"
     about = {
-        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "machine": torch.cuda.get_device_name()
-        if on_gpu
-        else f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {name: version(name) for name in ("torch", "diffusers")} | {"python": platform.python_version()},
+        "date": records.now(),
+        "machine": records.machine(args.device),
+        "versions": records.versions(("torch", "diffusers")),
         "benchmark": args.command,
         "weights": str(args.weights) if getattr(args, "weights", None) else f"{args.family}, random",
     }
     results = measure_gradient(args) if args.command == "gradient" else measure_run(args)
-    lines = [json.dumps(about | result) for result in results]
+    lines = [about | result for result in results]
     for line in lines:
-        Console().print_json(line)
+        Console().print_json(json.dumps(line))
     if not args.no_save:
-        args.out.mkdir(parents=True, exist_ok=True)
-        with (args.out / "sds.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in lines)
+        records.append(args.out, "sds.jsonl", lines)
     return 0 if all(result["passed"] for result in results) else 1
 
 

@@ -10,16 +10,13 @@ torch allocated on the GPU, and what the process held on the CPU. Every measurem
 """
 
 import argparse
-import json
-import platform
 import resource
 import time
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import records
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -100,13 +97,10 @@ def measure(pipeline: NVSAdapterPipeline, device: str, views: int, steps: int, s
 
 def describe(args: argparse.Namespace, dtype: str) -> dict[str, Any]:
     """What a measurement was made of."""
-    on_gpu = torch.device(args.device).type == "cuda"
     return {
-        "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "device": torch.cuda.get_device_name()
-        if on_gpu
-        else f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "versions": {name: version(name) for name in ("torch", "diffusers")} | {"python": platform.python_version()},
+        "date": records.now(),
+        "device": records.machine(args.device),
+        "versions": records.versions(("torch", "diffusers")),
         "model": f"{args.family}, random weights",
         "dtype": dtype,
         "views": args.views,
@@ -142,9 +136,7 @@ def main() -> None:
             torch.cuda.empty_cache()
     Console().print(table(results))
     if not args.no_save:
-        args.out.mkdir(parents=True, exist_ok=True)
-        with (args.out / "views.jsonl").open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(result) + "\n" for result in results)
+        records.append(args.out, "views.jsonl", results)
 
 
 if __name__ == "__main__":
