@@ -151,12 +151,11 @@ def write_files(options: argparse.Namespace, folder: Path) -> tuple[Path, Path]:
     checkpoint, plain = folder / "random_step_1.ckpt", folder / "plain.safetensors"
     torch.save({"state_dict": tensors, "global_step": 1}, checkpoint)
     save_file({key: value.contiguous() for key, value in ldm.items()}, plain)
-    for name, values in (
-        ("unet", {"_class_name": "UNet2DConditionModel", "sample_size": 64, **UNETS[options.family]}),
-        ("vae", {"_class_name": "AutoencoderKL", **VAE}),
-    ):
-        (folder / name).mkdir()
-        (folder / name / "config.json").write_text(json.dumps(values))
+    with torch.device("meta"):
+        unet, vae = UNet2DConditionModel(sample_size=64, **UNETS[options.family]), AutoencoderKL(**VAE)
+    # Written by diffusers: its conversion reads keys that a published file may leave to their defaults.
+    unet.save_config(folder / "unet")
+    vae.save_config(folder / "vae")
     return checkpoint, plain
 
 

@@ -1,6 +1,8 @@
 """Score distillation in half precision: what stays in float32, and how near the gradient is to that of float32."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -51,6 +53,20 @@ def narrow_config() -> NVSModelConfig:
     return config
 
 
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Multiply float32 numbers exactly (monkeypatch does not see these attributes: they are made on access)."""
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    usual = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, allowed in zip(backends, usual, strict=True):
+            backend.allow_tf32 = allowed
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 def test_the_gradient_of_a_deep_network_keeps_its_direction(dtype: torch.dtype) -> None:
     exact = gradients(narrow_config(), "cpu", torch.float32, (0.5,))
@@ -60,11 +76,9 @@ def test_the_gradient_of_a_deep_network_keeps_its_direction(dtype: torch.dtype) 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", ["sd21", "sd15"])
-def test_the_gradient_at_full_size_keeps_its_direction(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gradient_at_full_size_keeps_its_direction(family: str) -> None:
     shares = (0.02, 0.5, 0.98)
-    with monkeypatch.context() as exactly:
-        exactly.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
-        exactly.setattr(torch.backends.cudnn, "allow_tf32", False)
+    with without_tf32():
         exact = gradients(full_size_config(family), "cuda", torch.float32, shares)
     for dtype in HALVES:
         cosines = functional.cosine_similarity(exact, gradients(full_size_config(family), "cuda", dtype, shares))
