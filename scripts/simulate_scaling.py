@@ -7,8 +7,9 @@
     python scripts/simulate_scaling.py --write docs/scaling.md              put the tables into the page
 
 Seconds and memory come from benchmarks/results/reconstruct.jsonl (benchmarks/reconstruct.py) or, with --manifest, from
-a batch; sizes and overheads from benchmarks/results/batch.jsonl (--measure). Nothing is assumed for hardware that has
-no record: it is left out and said to be missing.
+a batch; sizes and overheads from benchmarks/results/batch.jsonl (--measure); images an hour on several GPUs from
+benchmarks/results/throughput.jsonl (benchmarks/batch.py). Nothing is assumed for hardware that has no record: it is
+left out and said to be missing.
 """
 
 import argparse
@@ -50,6 +51,8 @@ class Cost:
     """Largest peak of any stage: of tensors on a GPU, of the process on a CPU."""
     runs: int
     """How many records this is the mean of."""
+    outside: float = 0.0
+    """Seconds of a run in a new process that are in no stage: a warm worker spends them once."""
 
     @property
     def kind(self) -> str:
@@ -142,18 +145,23 @@ def read_costs(path: Path) -> list[Cost]:
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in read_lines(path):
         if not record.get("overrides"):
-            groups.setdefault((record["device"], record["recipe"]), []).append(record["stages"])
-    return [
-        Cost(
-            device,
-            recipe,
-            statistics.mean(sum(stage["seconds"] for stage in stages.values()) for stages in runs),
-            statistics.mean(sum(stages[name]["seconds"] for name in MODEL_STAGES if name in stages) for stages in runs),
-            max(stage["peak_memory_gb"] for stages in runs for stage in stages.values()),
-            len(runs),
-        )
-        for (device, recipe), runs in groups.items()
-    ]
+            groups.setdefault((record["device"], record["recipe"]), []).append(record)
+    return [_mean_cost(device, recipe, runs) for (device, recipe), runs in groups.items()]
+
+
+def _mean_cost(device: str, recipe: str, runs: Sequence[dict[str, Any]]) -> Cost:
+    stages = [run["stages"] for run in runs]
+    seconds = [sum(stage["seconds"] for stage in run.values()) for run in stages]
+    totals = [run.get("total_seconds", whole) for run, whole in zip(runs, seconds, strict=True)]
+    return Cost(
+        device,
+        recipe,
+        statistics.mean(seconds),
+        statistics.mean(sum(run[name]["seconds"] for name in MODEL_STAGES if name in run) for run in stages),
+        max(stage["peak_memory_gb"] for run in stages for stage in run.values()),
+        len(runs),
+        max(statistics.mean(totals) - statistics.mean(seconds), 0.0),
+    )
 
 
 def manifest_durations(path: Path) -> list[float]:
@@ -264,19 +272,54 @@ def replay_table(durations: Sequence[float], images: int, workers: Sequence[int]
     return "\n".join(rows) + "\n"
 
 
+def throughput_table(records: Sequence[dict[str, Any]]) -> str:
+    """Markdown: images an hour by numbers of GPUs and of images on each, the newest record of every setting."""
+    settings = {
+        tuple(record[key] for key in ("device", "gpus", "per_gpu", "finisher")): record
+        for record in records
+        if not record["overrides"]
+    }
+    if not settings:
+        return "Images an hour on 1, 2 and 4 GPUs have **not been measured yet** (`benchmarks/batch.py`).\n"
+    rows = ["| GPUs | images at a time on each | images measured | images an hour | for each GPU | efficiency |"]
+    rows.append("|---|---|---|---|---|---|")
+    for (device, gpus, per_gpu, finisher), record in sorted(settings.items()):
+        rate, alone = record["images_per_hour"], settings.get((device, 1, per_gpu, finisher))
+        share = f"{rate / gpus / alone['images_per_hour']:.1%}" if alone else ""
+        ways = f"{per_gpu}, and a process that finishes" if finisher else f"{per_gpu}"
+        rows.append(f"| {gpus} × {device} | {ways} | {record['images']} | {rate:,.0f} | {rate / gpus:,.0f} | {share} |")
+    newest = max(record["date"] for record in settings.values())
+    recipes = ", ".join(sorted({record["recipe"] for record in settings.values()}))
+    cores = " or ".join(sorted({str(record["cores"]) for record in settings.values()}))
+    rows.append(f"\nWarm workers, recipe {recipes}, {cores} CPU cores; {newest[:10]}.")
+    return "\n".join(rows) + "\n"
+
+
+def whole_runs(costs: Sequence[Cost]) -> Cost:
+    """Return the cost that is replayed: of a GPU where one has a record."""
+    return next((cost for cost in costs if cost.kind == "gpu"), costs[0])
+
+
+def start_seconds(cost: Cost | None, sizes: dict[str, Any] | None) -> float:
+    """Return the seconds from the start of a worker to its first task's first stage, as far as they were measured."""
+    return (cost.outside if cost else 0.0) + (sizes["start_seconds"] if sizes else 0.0)
+
+
 def page_tables(results: Path = RESULTS) -> dict[str, str]:
     """Return the tables of docs/scaling.md by the names of their places."""
     costs = read_costs(results / "reconstruct.jsonl")
     records = read_lines(results / "batch.jsonl")
     sizes = records[-1] if records else None
     tables = {"cost": cost_table(costs, sizes), "scales": scale_table(costs, sizes)}
-    start = sizes["start_seconds"] if sizes else 0.0
+    tables["throughput"] = throughput_table(read_lines(results / "throughput.jsonl"))
     if costs:
-        durations = [costs[0].seconds]
+        cost = whole_runs(costs)
+        durations, start = [cost.seconds], start_seconds(cost, sizes)
         stays = replay_table(durations, 1000, (1, 2, 4, 8, 64, 512), Failures(start_seconds=start))
         spot = replay_table(durations, 1000, (1, 2, 4, 8, 64, 512), Failures(1.0, crash_rate=0.01, start_seconds=start))
         tables["replay"] = (
-            f"1,000 images of {costs[0].seconds:.0f} s ({costs[0].device}), machines that stay:\n\n{stays}\n"
+            f"1,000 images of {cost.seconds:.0f} s ({cost.device}), {start:.0f} s for a worker to start, machines that"
+            f" stay:\n\n{stays}\n"
             "The same on machines that vanish once an hour and are replaced after two minutes, 1% of attempts crashing:"
             f"\n\n{spot}"
         )
@@ -298,7 +341,7 @@ def parse() -> argparse.Namespace:
         description=text.splitlines()[0], epilog=text, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--manifest", type=Path, help="replay the times of a batch (default: of the first record of whole runs)")
+    add("--manifest", type=Path, help="replay the times of a batch (default: of recorded runs, on a GPU if any were)")
     add("--images", type=int, default=1000, help="how many images (default 1000)")
     add("--workers", type=int, nargs="+", default=[1, 2, 4, 8, 64, 512], help="numbers of workers to replay")
     add("--spot-hours", type=float, default=0.0, help="mean hours until a machine vanishes (default: never)")
@@ -328,8 +371,12 @@ def main() -> None:
     costs, records = read_costs(RESULTS / "reconstruct.jsonl"), read_lines(RESULTS / "batch.jsonl")
     if not args.manifest and not costs:
         sys.exit("error: no measured times; run benchmarks/reconstruct.py, or give --manifest")
-    durations = manifest_durations(args.manifest) if args.manifest else [costs[0].seconds]
-    start = args.start if args.start is not None else (records[-1]["start_seconds"] if records else 0.0)
+    durations = manifest_durations(args.manifest) if args.manifest else [whole_runs(costs).seconds]
+    start = args.start
+    if start is None:
+        start = start_seconds(
+            whole_runs(costs) if costs and not args.manifest else None, records[-1] if records else None
+        )
     failures = Failures(args.spot_hours, args.replace, args.crash_rate, args.checkpoint, start, args.max_retries)
     replayed = replay_table(durations, args.images, args.workers, failures)
     sys.stdout.write(f"{tables['cost']}\n{tables['scales']}\n{args.images} images, {failures}\n\n{replayed}")

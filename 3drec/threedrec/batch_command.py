@@ -23,7 +23,7 @@ examples:
   3drec batch 'photos/**/*.png' -o objects trainer.max_steps=200
   3drec batch photos/ -o objects --dry-run                    what would be done, and what would be left out
   3drec batch photos/ -o objects --resume                     go on: finished images stay, changed ones are done again
-  3drec batch photos/ -o objects --engine ray --gpus-per-task 0.5      two objects on each GPU of this machine
+  3drec batch photos/ -o objects --gpu 0,1 --gpus-per-task 0.5         two objects at a time on each of two GPUs
   3drec batch photos/ -o objects --engine ray --address auto  on the Ray cluster that this machine belongs to
 
 DIR/index.html shows everything, DIR/summary.csv is the table, DIR/manifest.jsonl has a line for each attempt, and
@@ -42,20 +42,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("images", metavar="IMAGES", nargs="+", help="folders, files, or quoted patterns (** for any folders)")
     add("-o", "--output", metavar="DIR", required=True, help="folder for the results")
     add("--config", metavar="C", default="configs/nvsadapter.yaml", help="YAML file (default %(default)s)")
-    add("--gpu", metavar="G", default="auto", help="auto (default), cpu, or a CUDA id; for the local engine")
     add(
-        "--engine", metavar="E", default="local", help="local (default): one worker here; ray: as many as there is room"
+        "--gpu",
+        metavar="G",
+        default="auto",
+        help="local engine: auto (default), cpu, or ids such as 0,1 to use them all",
     )
+    add("--engine", metavar="E", default="local", help="local (default): GPUs of this machine; ray: also many machines")
     add("--address", metavar="A", help="Ray cluster: auto, HOST:PORT or ray://HOST:PORT (default: this machine alone)")
     add(
-        "--gpus-per-task", metavar="N", type=float, help="Ray: GPUs of each worker, such as 0.5 (default 1; 0 for CPUs)"
+        "--gpus-per-task",
+        metavar="N",
+        type=float,
+        help="GPUs of each worker: 0.5 puts two images on a GPU (default 1; Ray: 0 for CPUs)",
     )
     add("--workers", metavar="N", type=int, help="Ray: how many workers (default: as many as the cluster has room for)")
     add("--max-retries", metavar="N", type=int, default=2, help="attempts after a first that failed (default 2)")
     add(
         "--timeout", metavar="S", type=float, default=7200.0, help="seconds for one attempt (default 7200; 0: no limit)"
     )
-    add("--memory", metavar="GB", type=float, help="give up an image whose worker holds more memory than this")
+    add("--memory", metavar="GB", type=float, help="local: give up images that need more memory; Ray: place by it")
     add("--resume", action="store_true", help="go on with the batch in DIR; without one, begin")
     add("--retry-failed", action="store_true", help="with --resume: try again what has failed for good")
     add("--dry-run", action="store_true", help="say what would be done, and do nothing")

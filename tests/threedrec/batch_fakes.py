@@ -29,6 +29,8 @@ def fake(task: Task, host: Host) -> Outcome:
         file.write(f"{task.attempt} {os.getpid()} {task.part} {host.guidances.loads}\n")
     name = Path(task.input).stem
     host.progress("fake", 1, 3)
+    if "full" in name:
+        return Outcome("failed", error="the disk is full", kind="disk")
     if "once" not in name or task.attempt == 1:
         misbehave(name, host)
     return Outcome("halfway" if task.part == "optimise" else "done", 0.01, {"psnr": 20.0, "stages": {"fine": 0.01}})

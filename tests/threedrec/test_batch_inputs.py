@@ -86,6 +86,18 @@ def test_a_locked_folder_is_a_problem_of_its_own(tmp_path):
     assert images[1].problem == "the folder cannot be opened: Permission denied"
 
 
+def test_a_name_that_is_no_text_is_a_problem_of_its_own(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"a")
+    with open(os.fsencode(tmp_path) + b"/\xff.png", "wb") as file:
+        file.write(b"b")
+    images = find_inputs([str(tmp_path)], tmp_path / "out").images
+    assert {image.name: image.problem for image in images} == {
+        "a.png": "",
+        "\udcff.png": "its name is no valid UTF-8; rename it",
+    }
+    assert hash_inputs(images)["\udcff.png"] is None
+
+
 def test_only_regular_files_are_read(tmp_path):
     (tmp_path / "a.png").write_bytes(b"abc")
     os.mkfifo(tmp_path / "pipe.png")
@@ -97,6 +109,18 @@ def test_only_regular_files_are_read(tmp_path):
         "pipe.png": None,
     }
     assert hash_file(str(tmp_path)) is None
+
+
+def test_a_changed_map_is_a_changed_input(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"abc")
+    images = find_inputs([str(tmp_path)], tmp_path / "out").images
+    hashes = [hash_inputs(images)["a.png"]]
+    for content in (b"far", b"near"):
+        (tmp_path / "a_depth.png").write_bytes(content)
+        hashes.append(hash_inputs(images)["a.png"])
+    assert len(set(hashes)) == 3
+    (tmp_path / "a_depth.png").unlink()
+    assert hash_inputs(images)["a.png"] == hashes[0]
 
 
 def test_no_two_images_share_a_folder():

@@ -13,6 +13,10 @@ from batch_fakes import FAKE
 from tiny_run import CONFIG
 
 from threedrec.batch import BatchOptions, Manifest, run_batch
+from threedrec.batch.batch import _Sitting
+from threedrec.batch.inputs import find_inputs
+from threedrec.batch.plan import Plan, Settings
+from threedrec.batch.view import printable
 from threedrec.errors import InputError
 
 RUNNER = """
@@ -178,6 +182,48 @@ def test_a_killed_batch_takes_its_worker_along_and_frees_its_folder(folder):
     assert [line.input for line in batch(folder, resume=True).done] == ["a.png"]
 
 
+def test_a_full_disk_ends_the_batch_and_is_what_is_told(folder, monkeypatch):
+    def refuse(*values):
+        raise InputError("no room for the gallery")
+
+    monkeypatch.setattr("threedrec.batch.batch.write_gallery", refuse)
+    images(folder, "full.png")
+    with pytest.raises(InputError, match="the disk is full"):
+        batch(folder)
+    assert not Manifest(folder / "out/manifest.jsonl").last
+
+
+def test_an_order_to_stop_is_not_kept_waiting_by_the_gallery(folder, monkeypatch):
+    def interrupted(self, tasks):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("threedrec.batch.batch.Dispatcher.run", interrupted)
+    monkeypatch.setattr("threedrec.batch.batch.LocalPool", lambda *values: None)
+    images(folder, "a.png")
+    with pytest.raises(KeyboardInterrupt):
+        batch(folder)
+    assert not (folder / "out/index.html").exists()
+
+
+def test_pages_that_take_long_are_written_seldom(folder, monkeypatch):
+    monkeypatch.setattr("threedrec.batch.batch.SECONDS_BETWEEN_PAGES", 0.0)
+    monkeypatch.setattr("threedrec.batch.batch.write_gallery", lambda *values: time.sleep(0.1))
+    images(folder, "a.png")
+    sitting = _Sitting(
+        find_inputs([str(folder / "in")], folder / "out"),
+        {"a.png": None},
+        Manifest(folder / "manifest.jsonl"),
+        Settings(folder, "", "", 0, False),
+        Plan(),
+    )
+    sitting.write_pages()
+    assert sitting._next_pages > time.monotonic() + 4.0
+
+
+def test_names_are_shown_on_one_line():
+    assert printable("a\nb\x1b[31m\udcff ü写.png") == "a�b�[31m� ü写.png"
+
+
 def test_a_dry_run_writes_nothing(folder):
     images(folder, "a.png", "b.png")
     report = batch(folder, dry_run=True)
@@ -195,7 +241,12 @@ def test_workers_that_cannot_start_end_the_batch(folder):
     [
         ({"engine": "slurm"}, "--engine slurm: expected local or ray"),
         ({"address": "auto"}, "--address: is of the engine for many workers; add --engine ray"),
-        ({"gpus_per_task": 0.5}, "--gpus-per-task: the local engine has one worker"),
+        ({"gpus_per_task": 0.5}, "--gpus-per-task 0.5: there is no GPU to share"),
+        ({"gpus_per_task": 2}, "--gpus-per-task 2: expected 1 or a share such as 0.5"),
+        ({"gpus_per_task": float("nan"), "engine": "ray"}, "--gpus-per-task nan"),
+        ({"timeout": float("nan")}, "--timeout nan"),
+        ({"memory_gb": float("inf")}, "--memory inf"),
+        ({"retry_failed": True}, "--retry-failed: is about a batch that has been begun"),
         ({"gpus_per_task": 1.5, "engine": "ray"}, "--gpus-per-task 1.5: expected a share"),
         ({"max_retries": -1}, "--max-retries -1"),
         ({"timeout": -1}, "--timeout -1"),

@@ -20,7 +20,7 @@ def settings(output: Path, **values) -> Settings:
     return Settings(
         output,
         "config.yaml",
-        **{"fingerprint": "c", "device": "cpu", "max_retries": 1, "retry_failed": False, **values},
+        **{"fingerprint": "c", "max_retries": 1, "retry_failed": False, **values},
     )
 
 

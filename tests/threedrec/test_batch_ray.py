@@ -4,7 +4,9 @@ import contextlib
 import importlib.util
 import json
 import os
+import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -64,6 +66,32 @@ def test_images_that_kill_their_worker_are_tried_again_elsewhere(folder):
     assert len(again.done) == 6 and (folder / "out" / "manifest.jsonl").read_text() == lines
 
 
+def own_worker() -> int:
+    """The process of the only worker of the cluster that this process has started; others may have clusters too."""
+    (worker,) = [number for number in processes(b"ray::Worker") if os.getpid() in ancestors(number)]
+    return worker
+
+
+def processes(name: bytes) -> list[int]:
+    """Processes with this in the name of their program."""
+    found = []
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if name in command.read_bytes().split(b"\0")[0]:
+                found.append(int(command.parent.name))
+    return found
+
+
+def ancestors(process: int) -> list[int]:
+    """The parent of a process, its parent, and so on."""
+    found = []
+    with contextlib.suppress(OSError):  # it has just ended
+        while process > 1:
+            process = int(re.search(r"PPid:\s*(\d+)", Path(f"/proc/{process}/status").read_text())[1])
+            found.append(process)
+    return found
+
+
 @needs_ray
 @pytest.mark.slow
 def test_a_worker_killed_in_the_middle_goes_on_from_its_checkpoint(folder):
@@ -79,17 +107,13 @@ def test_a_worker_killed_in_the_middle_goes_on_from_its_checkpoint(folder):
     def kill_the_worker() -> None:
         wait_for(checkpoint, 120.0)
         time.sleep(1.0)
-        for process in Path("/proc").glob("[0-9]*/cmdline"):
-            with contextlib.suppress(OSError):
-                if process.read_bytes().startswith(b"ray::Worker"):
-                    killed.append(int(process.parent.name))
-                    os.kill(killed[-1], signal.SIGKILL)
+        killed.append(own_worker())
+        os.kill(killed[-1], signal.SIGKILL)
 
     thread = threading.Thread(target=kill_the_worker)
     thread.start()
     report = run_batch(options_for(folder, function=TINY, workers=1, overrides=overrides))
     thread.join()
-    assert len(killed) == 1
     (line,) = report.done
     assert line.attempt == 2
     log = (folder / "out" / "objects" / "a.png" / "log.txt").read_text()
@@ -171,3 +195,58 @@ def test_an_interrupted_ray_batch_checkpoints(folder):
     thread.join()
     assert report.interrupted and set(report.left) == {"slow-1.png", "slow-2.png"}
     assert not Manifest(folder / "out" / "manifest.jsonl").last
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_connection_of_before_is_left_as_it_was(folder):
+    import ray
+
+    (folder / "in" / "a.png").write_bytes(b"a")
+    path = os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))
+    ray.init(address="local", include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": path}})
+    try:
+        assert len(run_batch(options_for(folder, workers=1)).done) == 1
+        assert ray.is_initialized()
+    finally:
+        ray.shutdown()
+    run_batch(options_for(folder, workers=1, resume=True, gpus_per_task=None))
+    assert not ray.is_initialized()
+
+
+RUNNER = """
+import sys, spheres
+from threedrec.batch import BatchOptions, run_batch
+folder = sys.argv[1]
+run_batch(BatchOptions([folder + "/in"], folder + "/out", folder + "/tiny.yaml", engine="ray", gpus_per_task=0,
+                       workers=2, function="batch_fakes:fake", resume=True))
+"""
+
+
+def start(folder: Path) -> subprocess.Popen:
+    path = os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))
+    # So soon a process ends whose cluster has lost its head; Ray's own default is a minute.
+    environment = {**os.environ, "PYTHONPATH": path, "RAY_gcs_rpc_server_reconnect_timeout_s": "3"}
+    return subprocess.Popen([sys.executable, "-c", RUNNER, str(folder)], env=environment, stderr=subprocess.PIPE)
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_batch_whose_head_dies_is_gone_on_with_on_another(folder):
+    names = ["1.png", "2.png", "slow-3.png", "slow-4.png"]
+    for name in names:
+        (folder / "in" / name).write_bytes(name.encode())
+    process = start(folder)
+    wait_for(folder / "out" / "objects" / "slow-3.png" / "visits.txt")
+    head = [number for number in processes(b"gcs_server") if process.pid in ancestors(number)]
+    os.kill(head[0], signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode not in (0, None)
+    done = {line.input for line in Manifest(folder / "out" / "manifest.jsonl").last.values()}
+    assert done == {"1.png", "2.png"}
+    process = start(folder)
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+    manifest = (folder / "out" / "manifest.jsonl").read_text().splitlines()
+    assert sorted(json.loads(line)["input"] for line in manifest) == names
+    assert len(visits(folder, "1.png")) == 1 and len(visits(folder, "slow-3.png")) == 2

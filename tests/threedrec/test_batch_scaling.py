@@ -70,8 +70,27 @@ def test_costs_are_read_from_records_and_what_is_missing_is_said(scaling, tmp_pa
     assert (cost.seconds, cost.model_seconds, cost.memory_gb, cost.runs) == (60.0, 50.0, 2.5, 2)
     tables = scaling.page_tables(tmp_path)
     assert "| GPU | | not measured yet |" in tables["cost"] and "Sizes: not measured yet." in tables["cost"]
+    assert "**not been measured yet** (`benchmarks/batch.py`)" in tables["throughput"]
     # 10^6 images of 60 s are 694.4 days of one worker, which 100 workers do in a week.
     assert "| 1,000,000 | cpu, 2 threads | 694.4 | 100 |" in tables["scales"]
+
+
+def test_images_an_hour_come_from_the_newest_record_of_each_setting(scaling):
+    def record(gpus, rate, date="2026-01-01", **values):
+        common = {"device": "X", "gpus": gpus, "per_gpu": 1, "finisher": False, "overrides": [], "images": gpus}
+        return {**common, "images_per_hour": rate, "date": date, "recipe": "r", "cores": 8, **values}
+
+    records = [record(1, 50.0), record(1, 100.0), record(2, 190.0, "2026-02-02"), record(2, 1.0, overrides=["a=b"])]
+    table = scaling.throughput_table([*records, record(2, 250.0, per_gpu=2)])
+    assert "| 1 × X | 1 | 1 | 100 | 100 | 100.0% |" in table and "| 2 × X | 1 | 2 | 190 | 95 | 95.0% |" in table
+    assert "| 2 × X | 2 | 2 | 250 | 125 |  |" in table and "recipe r, 8 CPU cores; 2026-02-02." in table
+
+
+def test_a_worker_spends_what_is_outside_of_stages_once(scaling, tmp_path):
+    record = {"device": "X", "recipe": "r", "stages": {"fit": {"seconds": 40.0, "peak_memory_gb": 1.0}}}
+    (tmp_path / "r.jsonl").write_text(json.dumps({**record, "total_seconds": 52.0}) + "\n")
+    (cost,) = scaling.read_costs(tmp_path / "r.jsonl")
+    assert cost.outside == 12.0 and scaling.start_seconds(cost, {"start_seconds": 2.0}) == 14.0
 
 
 def test_the_page_has_the_numbers_of_the_records(scaling, repository):
@@ -79,7 +98,7 @@ def test_the_page_has_the_numbers_of_the_records(scaling, repository):
     assert scaling.with_tables(page, scaling.page_tables()) == page, (
         "run: python scripts/simulate_scaling.py --write docs/scaling.md"
     )
-    assert page.count("<!-- end -->") == 3 and "<!-- end -->\n\n" in page
+    assert page.count("<!-- end -->") == 4 and "<!-- end -->\n\n" in page
 
 
 def command_words(text: str) -> list[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from threedrec.batch import engine_ray
 from threedrec.batch.dispatch import Dispatcher, Interrupts, Pool
-from threedrec.batch.engine_local import LocalPool
+from threedrec.batch.engine_local import LocalPool, worker_devices
 from threedrec.batch.gallery import write_gallery
 from threedrec.batch.inputs import Inputs, find_inputs, hash_inputs
 from threedrec.batch.lock import locked
@@ -20,7 +20,7 @@ from threedrec.batch.options import RAY, BatchOptions
 from threedrec.batch.plan import FINAL, Plan, Settings, fingerprint, make_plan, starts_afresh
 from threedrec.batch.summary import write_summary
 from threedrec.batch.task import Outcome, Task, copy_result, kind_of
-from threedrec.batch.view import BatchView, batch_view, counting
+from threedrec.batch.view import BatchView, batch_view, counting, printable
 from threedrec.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,9 +28,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MANIFEST, GALLERY, SUMMARY, CONFIG, LOG = "manifest.jsonl", "index.html", "summary.csv", "config.yaml", "workers.log"
+MANIFEST, GALLERY, SUMMARY, CONFIG, LOGS = "manifest.jsonl", "index.html", "summary.csv", "config.yaml", "workers"
 
-SECONDS_BETWEEN_GALLERIES = 60.0
+SECONDS_BETWEEN_PAGES = 60.0
+_SHARE_OF_PAGES = 50
+"""Pages that take a second to write are not written again for so many."""
 _MOST_LOSSES = 10
 """How often the machine under one image may vanish."""
 
@@ -64,15 +66,19 @@ def run_batch(options: BatchOptions, show_plan: Callable[[Plan, Inputs], None] |
         KeyboardInterrupt: interrupted twice; what was under way goes on from its last checkpoint when resumed.
     """
     options.check()
+    with engine_ray.connection():
+        return _run(options, show_plan)
+
+
+def _run(options: BatchOptions, show_plan: Callable[[Plan, Inputs], None] | None) -> BatchReport:
     output = Path(os.path.abspath(os.path.expanduser(options.output)))
-    config = _load_config(options)
+    devices = [] if options.engine == RAY else worker_devices(options.gpu, options.gpus_per_task)
+    config = _load_config(options, devices)
     inputs = find_inputs(options.images, output)
     manifest_file = output / MANIFEST
     if manifest_file.exists() and not options.resume:
         raise InputError(f"{output}: holds a batch already; add --resume to go on with it, or name another folder")
-    settings = Settings(
-        output, str(output / CONFIG), fingerprint(config), options.gpu, options.max_retries, options.retry_failed
-    )
+    settings = Settings(output, str(output / CONFIG), fingerprint(config), options.max_retries, options.retry_failed)
     if options.dry_run:
         plan = _plan(inputs, Manifest(manifest_file, repair=False), settings, show_plan)[0]
         tasks = [*plan.tasks, *(task for copies in plan.copies.values() for task in copies)]
@@ -86,19 +92,24 @@ def run_batch(options: BatchOptions, show_plan: Callable[[Plan, Inputs], None] |
         _write_config(config, Path(settings.config))
         sitting = _Sitting(inputs, hashes, manifest, settings, plan)
         try:
-            sitting.run(options, interrupts)
-        finally:
-            sitting.write_pages()
+            sitting.run(lambda: _pool(options, settings, devices), options.timeout or None, interrupts)
+        except InputError:
+            with suppress(InputError):  # a full disk, say; the first error is the one to be told
+                sitting.write_pages()
+            raise
+        sitting.write_pages()
         return sitting.report(interrupts.asked)
 
 
-def _load_config(options: BatchOptions) -> "ExperimentConfig":
+def _load_config(options: BatchOptions, devices: Sequence[str]) -> "ExperimentConfig":
     """Return the config that all images share; weights that are missing are found out about here."""
     from threedrec.config import load_config
-    from threedrec.launch import choose_device
     from threedrec.registry import find
 
-    device = engine_ray.device_type(options) if options.engine == RAY else choose_device(options.gpu).type
+    if options.engine == RAY:
+        device = engine_ray.device_type(options)
+    else:
+        device = "cpu" if "cpu" in devices else "cuda"
     # The name stands in for all images; what depends on it is set for each.
     config = load_config(
         options.config, options.overrides, values={"data": {"image_path": "image.png"}}, device_type=device
@@ -152,17 +163,17 @@ class _Sitting:
 
     def __post_init__(self) -> None:
         self._losses: dict[str, int] = {}
-        self._pages_written = time.monotonic()
+        self._next_pages = time.monotonic() + SECONDS_BETWEEN_PAGES
         self._copies = dict(self.plan.copies)
         self._view: BatchView | None = None
 
-    def run(self, options: BatchOptions, interrupts: Interrupts) -> None:
+    def run(self, make_pool: Callable[[], Pool], timeout: float | None, interrupts: Interrupts) -> None:
         """Do what is left."""
         plan = self.plan
         total = len(plan.tasks) + len(plan.broken) + sum(len(copies) for copies in plan.copies.values())
         with batch_view(total) as self._view:
             for image in plan.broken:
-                error = f"{image.path}: {image.problem}"
+                error = f"{printable(image.path)}: {image.problem}"
                 line = Line(
                     image.name, None, FAILED, 0.0, 1, error=error, kind="input", config=self.settings.fingerprint
                 )
@@ -173,8 +184,7 @@ class _Sitting:
             for leader in set(self._copies) - {task.input for task in plan.tasks}:
                 self._settle_copies(self.manifest.last[leader])
             if plan.tasks:
-                timeout = options.timeout or None
-                Dispatcher(_pool(options, self.settings), self.settle, interrupts, timeout, self._tick).run(plan.tasks)
+                Dispatcher(make_pool(), self.settle, interrupts, timeout, self._tick).run(plan.tasks)
 
     def settle(self, task: Task, outcome: Outcome) -> Task | None:
         """Write down how an attempt ended; return the task to try again."""
@@ -234,16 +244,17 @@ class _Sitting:
     def _tick(self, dispatcher: Dispatcher) -> None:
         if self._view is not None:
             self._view.tick(dispatcher)
-        if time.monotonic() - self._pages_written > SECONDS_BETWEEN_GALLERIES:
+        if time.monotonic() > self._next_pages:
             self.write_pages()
 
     def write_pages(self) -> None:
         """Write the gallery and the summary as of now."""
-        lines = self._lines()
-        with suppress(KeyboardInterrupt):  # the manifest is the truth; pages can be written again
-            write_summary(lines, self.settings.output / SUMMARY)
-            write_gallery(lines, self.inputs.root, self.settings.output)
-        self._pages_written = time.monotonic()
+        lines, start = self._lines(), time.monotonic()
+        write_summary(lines, self.settings.output / SUMMARY)
+        write_gallery(lines, self.inputs.root, self.settings.output)
+        now = time.monotonic()
+        # Many images on a slow disk: the workers come first.
+        self._next_pages = now + max(SECONDS_BETWEEN_PAGES, _SHARE_OF_PAGES * (now - start))
 
     def report(self, interrupted: bool) -> BatchReport:
         """Say what became of every image."""
@@ -268,11 +279,10 @@ class _Sitting:
         return [line for line in lines if line is not None and line.of(self.hashes[line.input], now)]
 
 
-def _pool(options: BatchOptions, settings: Settings) -> Pool:
+def _pool(options: BatchOptions, settings: Settings, devices: Sequence[str]) -> Pool:
     if options.engine == RAY:
         return engine_ray.RayPool(options, settings)
-    from threedrec.launch import choose_device
-
-    on_gpu = choose_device(options.gpu).type == "cuda"
-    overlap = on_gpu and (os.cpu_count() or 1) >= 4 if options.overlap is None else options.overlap
-    return LocalPool(options.function, settings.output / LOG, overlap, options.memory_gb)
+    # Workers that share a GPU are in different stages already.
+    alone = "cpu" not in devices and len(devices) == len(set(devices)) and (os.cpu_count() or 1) >= 4 * len(devices)
+    overlap = alone if options.overlap is None else options.overlap
+    return LocalPool(options.function, settings.output / LOGS, devices, overlap, options.memory_gb)

@@ -137,11 +137,22 @@ class Dispatcher:
                 task = replace(task, part="finish", afresh=False)
             elif sides:
                 task = replace(task, part="optimise")
-            # After a failure nobody else's image is to be in the same process.
-            if task.attempt == 1 and queue and queue[0].attempt == 1 and lanes[worker] == GPU:
-                task = replace(task, next_image=queue[0].image)
+            if lanes[worker] == GPU:
+                task = replace(task, next_image=self._next_image(task, len(lanes) - len(sides)))
             self.running[worker] = Running(task, time.monotonic())
             self.pool.submit(worker, task)
+
+    def _next_image(self, task: Task, workers: int) -> str:
+        """Return the image that the worker of ``task`` may read ahead.
+
+        Images take about as long as one another, so whoever begins last ends last: each of the other workers takes one
+        before it.
+        """
+        queue = self._queues[GPU]
+        # After a failure nobody else's image is to be in the same process.
+        if task.attempt == 1 and len(queue) >= workers and queue[workers - 1].attempt == 1:
+            return queue[workers - 1].image
+        return ""
 
     def _take(self, worker: int, outcome: Outcome) -> None:
         task = self.running.pop(worker).task

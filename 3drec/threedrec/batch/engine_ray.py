@@ -9,6 +9,8 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -68,6 +70,22 @@ def connect(options: BatchOptions) -> Any:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"--address {options.address or 'local'}: no Ray cluster there: {reason}") from error
     return ray
+
+
+@contextmanager
+def connection() -> Iterator[None]:
+    """End what `connect` begins in the block, with a cluster that it has started; a connection of before stays."""
+    before = _is_connected()
+    try:
+        yield
+    finally:
+        if not before and _is_connected():
+            ray_module().shutdown()
+
+
+def _is_connected() -> bool:
+    ray = sys.modules.get("ray")  # not imported for this
+    return ray is not None and ray.is_initialized()
 
 
 def _knock(address: str | None) -> None:
@@ -227,10 +245,9 @@ class RayPool:
             slot.actor.stop.remote()
 
     def close(self) -> None:
-        """End all workers, and the cluster if it was started for them."""
+        """End all workers."""
         for slot in self._slots.values():
             self._ray.kill(slot.actor, no_restart=True)
-        self._ray.shutdown()
 
     def _start(self) -> _Slot:
         memory = {} if self._memory_gb is None else {"memory": int(self._memory_gb * 1e9)}

@@ -18,6 +18,9 @@ OTHER_IMAGES = frozenset(
 )
 """Pictures that cannot be read: each is a task that fails with the reason, rather than a file that is passed over."""
 
+MAPS = ("depth", "normal")
+"""Kinds of maps that may lie beside an image."""
+
 _CHUNK = 1 << 20
 
 
@@ -30,7 +33,7 @@ class Input:
     path: str
     """Absolute path."""
     problem: str = ""
-    """Why there is nothing to try (a folder that cannot be opened)."""
+    """Why there is nothing to try: a folder that cannot be opened, a name that cannot be written down."""
 
 
 @dataclass
@@ -114,7 +117,7 @@ class _Search:
     def leave_out_companions(self) -> None:
         """Leave out the depth and normal maps that lie beside images of the batch."""
         paths = {image.path for image in self.images.values()}
-        maps = {companion_path(path, kind): path for path in paths for kind in ("depth", "normal")}
+        maps = {companion_path(path, kind): path for path in paths for kind in MAPS}
         for name, image in list(self.images.items()):
             owner = maps.get(image.path)
             if owner is not None and owner != image.path:
@@ -157,9 +160,19 @@ class _Search:
         suffix = path.suffix.lower()
         name = self._name(path)
         if exact or suffix in READABLE or suffix in OTHER_IMAGES:
-            self.images[name] = Input(name, os.path.abspath(path))
+            absolute = os.path.abspath(path)
+            problem = "" if _is_text(absolute) else "its name is no valid UTF-8; rename it"
+            self.images[name] = Input(name, absolute, problem)
         else:
             self.skipped.append((name, "is no image by its name"))
+
+
+def _is_text(path: str) -> bool:
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
@@ -184,11 +197,22 @@ def hash_file(path: str) -> str | None:
     return digest.hexdigest()
 
 
+def _hash_input(image: Input) -> str | None:
+    """SHA-256 of the image; with maps beside it, of the hashes of all, so that a changed map is a changed input."""
+    own = None if image.problem else hash_file(image.path)
+    maps = {companion_path(image.path, kind) for kind in MAPS} - {image.path}
+    beside = [hash_file(path) for path in sorted(maps)]
+    if own is None or not any(beside):
+        return own
+    return hashlib.sha256(" ".join([own, *(content or "" for content in beside)]).encode()).hexdigest()
+
+
 def hash_inputs(images: Sequence[Input], on_file: Callable[[], None] = lambda: None) -> dict[str, str | None]:
-    """Return the hash of every image by name; ``on_file`` is called after each."""
+    """Return the hash of every image by name, None where there is nothing to try; ``on_file`` is called after each."""
     hashes: dict[str, str | None] = {}
     with ThreadPoolExecutor(max_workers=8) as threads:
-        for image, value in zip(images, threads.map(hash_file, [image.path for image in images]), strict=True):
+        found = threads.map(_hash_input, images)
+        for image, value in zip(images, found, strict=True):
             hashes[image.name] = value
             on_file()
     return hashes

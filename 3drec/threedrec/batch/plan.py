@@ -44,7 +44,6 @@ class Settings:
     output: Path
     config: str
     fingerprint: str
-    device: str
     max_retries: int
     retry_failed: bool
 
@@ -130,7 +129,6 @@ def _task(image: Input, content: str | None, folder: str, manifest: Manifest, se
         folder=str(settings.output / folder),
         config=settings.config,
         fingerprint=settings.fingerprint,
-        device=settings.device,
         attempt=failures + 1,
         afresh=last is not None and starts_afresh(last.kind),
     )

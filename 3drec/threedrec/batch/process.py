@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,18 @@ _TAIL = 4000
 class Process:
     """One worker process, in a session of its own so that Ctrl-C in the terminal does not reach it."""
 
-    def __init__(self, function: str, log: Path) -> None:
-        """Start a worker for ``function`` (``module:function``); what it says goes to the end of ``log``."""
+    def __init__(self, function: str, log: Path, variables: Mapping[str, str] | None = None) -> None:
+        """Start a worker.
+
+        Args:
+            function: what it does with tasks, ``module:function``.
+            log: file that what it says is added to.
+            variables: of its environment, beside those of this process.
+        """
         self.connection, theirs = Pipe()
         self.log = log
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        path = os.pathsep.join(entry for entry in sys.path if entry)
+        environment = {**os.environ, "PYTHONPATH": path, **(variables or {})}
         handle = str(theirs.fileno())
         with log.open("ab") as said:
             self._said_before = said.tell()

@@ -32,7 +32,8 @@ class BatchView:
         """Say that an image is settled."""
         self._done += 1
         self._failed += failed
-        logger.log(logging.WARNING if failed else logging.INFO, "[%d/%d] %s: %s", self._done, self._total, name, words)
+        level = logging.WARNING if failed else logging.INFO
+        logger.log(level, "[%d/%d] %s: %s", self._done, self._total, printable(name), words)
         if self._progress is not None and self._whole is not None:
             failures = f" ({self._failed} failed)" if self._failed else ""
             self._progress.update(self._whole, completed=self._done, description=f"batch{failures}")
@@ -49,7 +50,7 @@ class BatchView:
         parts = []
         for worker, running in list(dispatcher.running.items())[:_MOST_BARS]:
             stage, done, total = dispatcher.pool.progress(worker)
-            parts.append(f"{running.task.input}: {stage} {done}/{total}")
+            parts.append(f"{printable(running.task.input)}: {stage} {done}/{total}")
         left = self._total - self._done
         rate = self._done / (time.monotonic() - self._start)
         wait = f", about {left / rate:.0f} s" if rate > 0 else ""
@@ -71,8 +72,14 @@ class BatchView:
             if worker not in self._bars:
                 self._bars[worker] = progress.add_task("", total=None)
             stage, done, total = dispatcher.pool.progress(worker)
-            name = running.task.input if len(running.task.input) <= _NAME else f"…{running.task.input[1 - _NAME :]}"
+            name = printable(running.task.input)
+            name = name if len(name) <= _NAME else f"…{name[1 - _NAME :]}"
             progress.update(self._bars[worker], description=f"{name}  {stage}", completed=done, total=total)
+
+
+def printable(name: str) -> str:
+    """Return a file's name as one line of text, whatever is in it."""
+    return "".join(letter if letter.isprintable() else "�" for letter in name)
 
 
 @contextmanager
