@@ -65,7 +65,7 @@ def views(job: ViewsEvaluation) -> Skipped:
     Raises:
         InputError: an option, the weights or all objects cannot be used, or the folder holds another evaluation.
     """
-    from nvsadapter_guidance.evaluation.baselines import load_training_views
+    from nvsadapter_guidance.evaluation.baselines import check_training_views, load_training_views
     from nvsadapter_guidance.evaluation.truth import TruthRenderer, evaluation_views
     from nvsadapter_guidance.evaluation.view_scores import score_objects
     from nvsadapter_guidance.training.mesh_files import find_meshes
@@ -81,6 +81,8 @@ def views(job: ViewsEvaluation) -> Skipped:
     choice = choose_weights(job.weights)
     check_weights_options(sampling, choice.path)
     check_rendering()
+    if job.training_views:
+        check_training_views(Path(job.training_views))
     lpips = _lpips(job.lpips, device)
     output = Path(job.output)
     family = "mini" if choice.family == "mini" else "released"

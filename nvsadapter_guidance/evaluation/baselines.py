@@ -66,11 +66,20 @@ def load_training_views(path: Path, size: int) -> TrainingViews:
     Raises:
         InputError: there is nothing of the kind, or a file is damaged.
     """
-    if path.is_dir():
-        return _from_folder(path, size)
-    if not path.is_file():
+    check_training_views(path)
+    return _from_folder(path, size) if path.is_dir() else _from_bank(load_tar(path), size)
+
+
+def check_training_views(path: Path) -> None:
+    """Raise where there is nothing to read, before anything else is done.
+
+    Raises:
+        InputError: no such file, or a folder without renderings.
+    """
+    if not path.exists():
         raise InputError(f"{path}: no such file or folder; give a .tar of views or a folder of Zero-1-to-3 renderings")
-    return _from_bank(load_tar(path), size)
+    if path.is_dir() and not any(path.glob("*/000.png")):
+        raise InputError(f"{path}: no folder in it holds a 000.png; make some with: 3drec render MESHES -o DIR")
 
 
 def _from_bank(bank: ViewBank, size: int) -> TrainingViews:
@@ -82,8 +91,6 @@ def _from_bank(bank: ViewBank, size: int) -> TrainingViews:
 
 def _from_folder(folder: Path, size: int) -> TrainingViews:
     names = sorted(path.parent.name for path in folder.glob("*/000.png"))
-    if not names:
-        raise InputError(f"{folder}: no folder in it holds a 000.png; make some with: 3drec render MESHES -o DIR")
     rows, angles = [], []
     for name in names:
         count = min(VIEWS_PER_OBJECT, len(list((folder / name).glob("*.npy"))))

@@ -71,7 +71,9 @@ def load_lpips(backbone: str, device: torch.device | str = "cpu") -> Lpips:
         raise InputError("LPIPS needs torchvision: pip install -e '.[metrics]'") from error
     except RuntimeError as error:  # torchvision of another build than torch
         reason = str(error).splitlines()[0]
-        raise InputError(f"LPIPS: torchvision does not fit torch {torch.__version__} ({reason})") from error
+        raise InputError(
+            f"LPIPS: torchvision does not fit torch {torch.__version__} ({reason}); install both from one index"
+        ) from error
     except OSError as error:
         folder = torch.hub.get_dir() + "/checkpoints"
         raise InputError(f"LPIPS: cannot fetch the weights of {backbone} ({error}); put them into {folder}") from error

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,8 @@ def find_truth(folder: Path) -> dict[str, Path]:
         InputError: there are none.
     """
     found: dict[str, Path] = {}
-    for suffix in MESH_SUFFIXES:
-        for path in sorted(folder.glob(f"*{suffix}")) if folder.is_dir() else []:
-            found.setdefault(path.stem, path)
+    for path in _by_suffix(folder.iterdir() if folder.is_dir() else []):
+        found.setdefault(path.stem, path)
     if not found:
         raise InputError(f"{folder}: holds no mesh ({', '.join(MESH_SUFFIXES)})")
     return dict(sorted(found.items()))
@@ -45,16 +44,23 @@ def find_prediction(folder: Path, name: str) -> Path:
     Raises:
         InputError: there is none, or more than one.
     """
-    for suffix in MESH_SUFFIXES:
-        if (folder / f"{name}{suffix}").is_file():
-            return folder / f"{name}{suffix}"
-    for suffix in MESH_SUFFIXES:
-        found = sorted((folder / name).rglob(f"*{suffix}"))
-        if len(found) > 1:
-            raise InputError(f"{folder / name}: holds {len(found)} {suffix} files; leave the one to score")
-        if found:
-            return found[0]
+    beside = _by_suffix(path for path in folder.iterdir() if path.stem == name)
+    if beside:
+        return beside[0]
+    below = _by_suffix((folder / name).rglob("*"))
+    alike = [path for path in below if path.suffix.lower() == below[0].suffix.lower()]
+    if len(alike) > 1:
+        suffix = alike[0].suffix.lower()
+        raise InputError(f"{folder / name}: holds {len(alike)} {suffix} files; leave the one to score")
+    if alike:
+        return alike[0]
     raise InputError(f"{folder}: holds no {name}{MESH_SUFFIXES[0]} and no folder {name} with a mesh")
+
+
+def _by_suffix(paths: Iterable[Path]) -> list[Path]:
+    """The mesh files among paths: those of the first known format first, and by name."""
+    meshes = [path for path in paths if path.suffix.lower() in MESH_SUFFIXES and path.is_file()]
+    return sorted(meshes, key=lambda path: (MESH_SUFFIXES.index(path.suffix.lower()), path))
 
 
 def score_files(

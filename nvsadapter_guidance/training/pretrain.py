@@ -7,7 +7,7 @@ zero over the last part of the last run ("warm-up, stable, decay").
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -197,6 +197,34 @@ class DiffusionLoss(nn.Module):
         return F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3, 4))
 
 
+def random_losses(
+    loss: Callable[..., Tensor],
+    model: NVSModel,
+    batch: dict[str, Tensor],
+    generator: torch.Generator,
+    condition_dropout: float,
+) -> Float[Tensor, " B"]:
+    """Losses of a batch of :meth:`LatentBank.draw` at random timesteps, noise and unconditional samples.
+
+    Args:
+        loss: a `DiffusionLoss`, compiled or not; on CUDA it computes in bfloat16.
+        generator: on the model's device.
+        condition_dropout: share of samples that are unconditional.
+    """
+    device, latents = model.device, batch["latents"]
+    count = len(latents)
+    noise = torch.randn(latents[:, 1:].shape, generator=generator, device=device)
+    # Stratified over the batch: the same distribution with less noise in the gradient.
+    order = torch.randperm(count, generator=generator, device=device)
+    strata = (order + torch.rand(count, generator=generator, device=device)) / count
+    last = model.schedule.num_train_timesteps - 1
+    timesteps = (strata * (last + 1)).long().clamp(max=last)
+    ucg_mask = torch.rand(count, generator=generator, device=device) < condition_dropout
+    rays = model.ray_embedding(batch["azimuth"], batch["elevation"], batch["distance"])
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        return loss(latents, noise, timesteps, rays, batch["image"], ucg_mask)
+
+
 class Pretrainer:
     """The state of a run: model, average of its weights, optimisers, clock.
 
@@ -248,19 +276,9 @@ class Pretrainer:
 
     def train_step(self) -> Tensor:
         """One update; returns the loss of the batch, still on the device."""
-        device, count = self.model.device, self.config.batch_size
-        batch = self.draw()
-        latents = batch["latents"]
-        noise = torch.randn(latents[:, 1:].shape, generator=self.generator, device=device)
-        # Stratified over the batch: the same distribution with less noise in the gradient.
-        order = torch.randperm(count, generator=self.generator, device=device)
-        strata = (order + torch.rand(count, generator=self.generator, device=device)) / count
-        last = self.model.schedule.num_train_timesteps - 1
-        timesteps = (strata * (last + 1)).long().clamp(max=last)
-        ucg_mask = torch.rand(count, generator=self.generator, device=device) < self.config.condition_dropout
-        rays = self.model.ray_embedding(batch["azimuth"], batch["elevation"], batch["distance"])
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = self.compiled(latents, noise, timesteps, rays, batch["image"], ucg_mask).mean()
+        loss = random_losses(
+            self.compiled, self.model, self.draw(), self.generator, self.config.condition_dropout
+        ).mean()
         for optimiser in self.optimisers:
             optimiser.zero_grad(set_to_none=True)
         loss.backward()

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from lightning.pytorch.utilities import rank_zero_only
 from safetensors.torch import load_file, save_file
 from tiny_checkpoints import LDM_UNET, LDM_VAE, ldm_tensors, released_tensors
 from tiny_training import SMALL, tiny_base, tiny_run
@@ -118,7 +119,7 @@ def _train_and_die(config: Any, step: int) -> None:
 
 
 def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
-    options = ("trainer.max_steps=6", "optim.condition_dropout=0.3")
+    options = ("trainer.max_steps=6", "optim.condition_dropout=0.3", "trainer.log_every_steps=1")
     whole = train(tiny_run(tmp_path, *options, name="whole"))
     config = tiny_run(tmp_path, *options, name="killed")
     process = multiprocessing.get_context("fork").Process(target=_train_and_die, args=(config, 5))
@@ -126,8 +127,14 @@ def test_a_killed_run_resumes_to_the_same_weights(tmp_path: Path) -> None:
     process.join(120)
     assert process.exitcode == -signal.SIGKILL
     assert [path.name for path in checkpoints(tmp_path / "killed")] == ["step_00000002.ckpt", "step_00000004.ckpt"]
+    log = tmp_path / "killed" / "metrics.jsonl"
+    assert len(metrics(log.parent)) == 5
+    # As if it had died in the middle of a line.
+    log.write_text(log.read_text() + '{"step": 6, "tra')
     killed = train(config, resume="auto")
     assert same_state(checkpoints(whole)[-1], checkpoints(killed)[-1])
+    # Steps that were made twice are logged once.
+    assert metrics(killed) == metrics(whole) and metrics(killed, "step") == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_run_that_is_told_to_stop_writes_a_checkpoint_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +165,7 @@ def test_old_checkpoints_go(tmp_path: Path) -> None:
     assert [path.name for path in checkpoints(folder)] == ["step_00000004.ckpt", "step_00000006.ckpt"]
 
 
-def test_what_cannot_be_resumed_is_named(tmp_path: Path) -> None:
+def test_what_cannot_be_resumed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = train(tiny_run(tmp_path, "trainer.max_steps=2"))
     newest = str(checkpoints(folder)[-1])
     other = ("trainer.max_steps=3",)
@@ -181,6 +188,11 @@ def test_what_cannot_be_resumed_is_named(tmp_path: Path) -> None:
     for options, name, resume, message in cases:
         with pytest.raises(InputError, match=message):
             train(tiny_run(tmp_path, *options, name=name), resume)
+    # In every process of several, or the others would wait for the first.
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    with pytest.raises(InputError, match="holds a run already"):
+        train(tiny_run(tmp_path, *other))
+    monkeypatch.undo()
     # Other base weights under the same adapter.
     tensors = read_checkpoint(Path(newest))
     tensors["base_fingerprint"] = "0"

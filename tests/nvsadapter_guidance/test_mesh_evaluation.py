@@ -173,6 +173,15 @@ def test_the_aligned_variant_is_labelled(tmp_path):
     assert mean_scores(result.rows)["aligned"]["f_score"]["0.05"] == 1.0
 
 
+def test_formats_are_known_in_capitals_too(tmp_path):
+    for path in (tmp_path / "A.GLB", tmp_path / "p" / "A" / "Mesh.Obj"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert find_truth(tmp_path) == {"A": tmp_path / "A.GLB"}
+    assert find_prediction(tmp_path, "A") == tmp_path / "A.GLB"
+    assert find_prediction(tmp_path / "p", "A") == tmp_path / "p" / "A" / "Mesh.Obj"
+
+
 def test_what_is_missing_or_doubtful_is_named(tmp_path):
     with pytest.raises(InputError, match="holds no mesh"):
         find_truth(tmp_path)

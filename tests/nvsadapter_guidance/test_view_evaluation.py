@@ -1,5 +1,7 @@
 """Image scores by hand, baselines, the folder of an object, and whole evaluations with models that are known."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -79,6 +81,24 @@ def test_lpips_without_its_parts_is_one_line(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torchmetrics.image.lpip", None)
     with pytest.raises(InputError, match=r"LPIPS needs torchvision: pip install -e '\.\[metrics\]'"):
         load_lpips("alex")
+
+
+@pytest.mark.parametrize(
+    ("problem", "words"),
+    [
+        (RuntimeError("no operator nms\nmore"), r"torchvision does not fit torch .* \(no operator nms\); install both"),
+        (OSError("no network"), r"cannot fetch the weights of alex \(no network\); put them into .*checkpoints"),
+    ],
+)
+def test_lpips_that_cannot_start_says_what_to_do(monkeypatch, problem, words):
+    def fail(**_):
+        raise problem
+
+    stub = SimpleNamespace(LearnedPerceptualImagePatchSimilarity=fail)
+    monkeypatch.setitem(__import__("sys").modules, "torchmetrics.image.lpip", stub)
+    with pytest.raises(InputError, match=words) as found:
+        load_lpips("alex")
+    assert "\n" not in str(found.value)
 
 
 def test_cameras_are_half_level_and_half_above():

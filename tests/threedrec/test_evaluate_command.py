@@ -134,6 +134,8 @@ def test_meshes_are_scored(command, meshes, tmp_path):
         ("views --objects meshes -o out --steps 0", "num_inference_steps is 0"),
         ("views --objects meshes -o out --scheduler heun", "--scheduler heun: unknown"),
         ("views --objects meshes -o out --weights none.ckpt", "none.ckpt"),
+        ("views --objects meshes -o out --training-views none", "none: no such file or folder"),
+        ("views --objects meshes -o out --training-views meshes", "no folder in it holds a 000.png"),
         ("views --pairs meshes -o out", "no folder below it holds a target.png"),
         ("views -o out", "one of the arguments --objects --pairs is required"),
         ("mesh --predictions none --truth meshes -o out", "--predictions none: no such folder"),

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import signal
 import threading
 import time
@@ -120,7 +121,11 @@ class ValidateAverage(Callback):
 
 
 class MetricsFile(Callback):
-    """Appends a line of JSON to `metrics.jsonl` every so many steps and after validations."""
+    """Appends a line of JSON to `metrics.jsonl` every so many steps and after validations.
+
+    Lines of steps behind the checkpoint that a run goes on with (it was killed after them) are taken out first: these
+    steps come again.
+    """
 
     def __init__(self, path: Path, every: int) -> None:
         self.path, self.every = path, every
@@ -128,8 +133,10 @@ class MetricsFile(Callback):
         self._losses: list[torch.Tensor] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to measure time."""
+        """Begin to measure time, and to write where the checkpoint stands."""
         self._since = (time.perf_counter(), getattr(pl_module, "samples_seen", 0))
+        if trainer.is_global_zero and self.path.exists():
+            self._cut(trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -160,6 +167,14 @@ class MetricsFile(Callback):
             self._write(trainer, {"val/loss": round(float(trainer.callback_metrics["val/loss"]), 6)})
         self._since = (time.perf_counter(), getattr(pl_module, "samples_seen", 0))
 
+    def _cut(self, step: int) -> None:
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if _step_of(line) <= step]
+        if len(kept) < len(lines):
+            scratch = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+            scratch.write_text("".join(kept), encoding="utf-8")
+            os.replace(scratch, self.path)
+
     def _write(self, trainer: Trainer, values: Dict[str, Any]) -> None:
         if not trainer.is_global_zero:
             return
@@ -168,6 +183,14 @@ class MetricsFile(Callback):
         for logger in trainer.loggers:
             logger.log_metrics({k: v for k, v in values.items() if k != "val/loss"}, step=trainer.global_step)
         log.info("step %d: %s", trainer.global_step, ", ".join(f"{key} {value:.6g}" for key, value in values.items()))
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of `metrics.jsonl`; of a line that was cut off in the middle, infinity."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
 
 
 class ViewSheets(Callback):

@@ -205,7 +205,8 @@ def parse_devices(text: str, accelerator: str) -> Tuple[Union[int, List[int]], i
 def _choose_checkpoint(folder: Path, resume: Optional[str]) -> Optional[Path]:
     found = checkpoints(folder)
     if resume is None:
-        if found and rank_zero_only.rank == 0:
+        if found:
+            # In every process: one that went on alone would wait for the others until it is killed.
             raise InputError(f"{folder}: holds a run already; go on with -r auto, or give another name with -n")
         return None
     if resume == RESUME_NEWEST:
