@@ -1,5 +1,8 @@
 """The hash encoding against its definition, finite differences and hand-computed tables; the other encodings too."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,7 +11,7 @@ from torch import Tensor
 
 from threedrec.checkpoint import Checkpoint, load_checkpoint, load_model, save_checkpoint
 from threedrec.errors import InputError
-from threedrec.field import hashgrid_batched
+from threedrec.field import backend, hashgrid_batched
 from threedrec.field.encoding import EncodingConfig, build_encoding
 from threedrec.field.hashgrid import (
     PRIMES,
@@ -285,8 +288,54 @@ def test_spherical_harmonics_are_orthonormal():
         (EncodingConfig(otype="HashGridd"), "unknown encoding 'HashGridd'"),
         (EncodingConfig(n_levels=0), "n_levels"),
         (EncodingConfig(otype="SphericalHarmonics", degree=9), "degree"),
+        (EncodingConfig(backend="tritn"), "backend: unknown backend 'tritn'; use one of auto, triton, torch"),
+        (EncodingConfig(backend="torch", half_precision=True), "half_precision: needs the Triton backend"),
     ],
 )
 def test_impossible_encodings_are_refused(config: EncodingConfig, message: str):
     with pytest.raises(InputError, match=message):
         build_encoding(config)
+
+
+def test_triton_is_refused_without_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(InputError, match="geometry.encoding.backend: triton does not work here: the device is no CUDA"):
+        build_encoding(EncodingConfig(n_levels=2, backend="triton"), "geometry.encoding")(points().float())
+
+
+def test_auto_says_once_why_it_cannot_take_triton_on_a_gpu(monkeypatch: pytest.MonkeyPatch, caplog):
+    monkeypatch.setattr(backend, "_installed", lambda: False)
+    backend._say.cache_clear()
+    for _ in range(2):
+        assert not backend.use_triton("auto", torch.device("cuda"), None, "grid")
+    assert not backend.use_triton("auto", torch.device("cpu"), None, "grid")
+    (record,) = caplog.records
+    assert record.levelname == "WARNING" and "grid: plain PyTorch" in record.message
+    assert "Triton is not installed" in record.message
+    backend._say.cache_clear()
+
+
+@pytest.mark.parametrize("include_xyz", [False, True])
+@pytest.mark.parametrize("otype", ["HashGrid", "Frequency"])
+def test_pull_is_the_transposed_jacobian(otype: str, include_xyz: bool):
+    config = EncodingConfig(otype=otype, n_levels=2, base_resolution=3, n_frequencies=2, include_xyz=include_xyz)
+    encoding = build_encoding(config).double()
+    x = points(5)
+    features, slopes = encoding.with_jacobian(x)
+    same, pull = encoding.with_pull(x)
+    g = torch.randn_like(features)
+    torch.testing.assert_close(same, features)
+    torch.testing.assert_close(pull(g), (g[..., None] * slopes).sum(1))
+
+
+def test_the_field_needs_no_triton():
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from threedrec.field import EncodingConfig, ImplicitVolume
+config = ImplicitVolume.Config(pos_encoding_config=EncodingConfig(n_levels=2), normal_type="analytic")
+ImplicitVolume(config)(torch.zeros(1, 3), normals=True).normal.sum().backward()
+"""
+    paths = os.pathsep.join(sys.path)
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": paths})

@@ -7,7 +7,9 @@ optimisation goes on.
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from jaxtyping import Float
@@ -15,11 +17,21 @@ from torch import Tensor, nn
 
 from threedrec.config_schema import limited
 from threedrec.errors import InputError
+from threedrec.field.backend import check_backend, use_triton
 from threedrec.field.hashgrid import build_levels, encode, encode_with_jacobian
 from threedrec.field.hashgrid_batched import encode_batched, encode_batched_with_jacobian
+from threedrec.field.mlp import VanillaMLP
+
+if TYPE_CHECKING:
+    from threedrec.field.hashgrid_triton import Grid
 
 Features = Float[Tensor, "N C"]
 Jacobian = Float[Tensor, "N C 3"]
+Pull = Callable[[Features], Float[Tensor, "N 3"]]
+"""From g, (N, C), to J^T g, (N, 3), where J is the features' derivative along the coordinates."""
+
+CHANNELS = (1, 2, 4, 8)
+"""Features per level that the Triton kernels can hold side by side."""
 
 
 @dataclass
@@ -45,6 +57,11 @@ class EncodingConfig:
     """ProgressiveBandFrequency: step at which all bands are open; 0 opens them at once."""
     degree: int = 3
     """SphericalHarmonics: number of bands, 1 to 4."""
+    backend: Literal["auto", "triton", "torch"] = "auto"
+    """Hash grids: "triton" (kernels for CUDA), "torch", or "auto": Triton on CUDA where it is installed, else PyTorch.
+    Under PyTorch's deterministic algorithms, which a reconstruction asks for, both give the same from run to run."""
+    half_precision: bool = False
+    """Hash grids on Triton: read the table in float16, train it in float32. Rounds features to three digits."""
 
 
 class Encoding(nn.Module, ABC):
@@ -60,6 +77,19 @@ class Encoding(nn.Module, ABC):
         """Return features and their derivative along x; encodings of directions have none."""
         raise TypeError(f"{type(self).__name__} encodes directions and has no derivative")
 
+    def with_pull(self, x: Float[Tensor, "N 3"]) -> tuple[Features, Pull]:
+        """Return features and what applies their transposed derivative; both differentiable once in the parameters.
+
+        To be applied once where it is to be differentiated.
+        """
+        features, slopes = self.with_jacobian(x)
+        return features, lambda g: torch.einsum("nc,ncd->nd", g, slopes)
+
+    def through(self, x: Float[Tensor, "N 3"], network: VanillaMLP) -> Float[Tensor, "N Out"]:
+        """Return ``network(self(x))``, without gradients and, where there is a kernel for both, in one go."""
+        with torch.no_grad():
+            return network(self(x))
+
     def update(self, step: int) -> None:
         """Set the state that belongs to an optimisation step."""
 
@@ -67,9 +97,9 @@ class Encoding(nn.Module, ABC):
 class HashGrid(Encoding):
     """Multiresolution hash grid."""
 
-    def __init__(self, config: EncodingConfig) -> None:
+    def __init__(self, config: EncodingConfig, key: str = "pos_encoding_config") -> None:
         super().__init__()
-        self.config = config
+        self.config, self.key = config, key
         self.levels = build_levels(
             config.n_levels, config.base_resolution, config.per_level_scale, config.log2_hashmap_size
         )
@@ -81,6 +111,10 @@ class HashGrid(Encoding):
 
     def forward(self, x: Float[Tensor, "N 3"]) -> Features:
         """Return the features of coordinates in [0, 1]."""
+        if (grid := self._grid(x)) is not None:
+            from threedrec.field.hashgrid_triton import encode_triton
+
+            return encode_triton(x, self.table, grid)
         lookup = encode_batched if _suits_batched(x) else encode
         return self._padded(lookup(x, self.table, self.levels[: self.open_levels]))
 
@@ -89,6 +123,38 @@ class HashGrid(Encoding):
         lookup = encode_batched_with_jacobian if _suits_batched(x) else encode_with_jacobian
         features, slopes = lookup(x, self.table, self.levels[: self.open_levels])
         return self._padded(features), self._padded(slopes)
+
+    def with_pull(self, x: Float[Tensor, "N 3"]) -> tuple[Features, Pull]:
+        """Return features and what applies their transposed derivative; Triton needs no jacobian for it."""
+        grid = self._grid(x)
+        if grid is None:
+            return super().with_pull(x)
+        from threedrec.field.hashgrid_triton import encode_linked
+
+        linked = encode_linked(x, self.table, grid)
+        return linked.features, linked.pull
+
+    def through(self, x: Float[Tensor, "N 3"], network: VanillaMLP) -> Float[Tensor, "N Out"]:
+        """Return ``network(self(x))``, without gradients and, where there is a kernel for both, in one go."""
+        grid = self._grid(x)
+        if grid is not None:
+            from threedrec.field.density_kernel import fits, raw_density
+
+            if fits(network):
+                return raw_density(x, grid, network.weights)
+        return super().through(x, network)
+
+    def _grid(self, x: Tensor) -> "Grid | None":
+        """Return what the kernels need, or None when PyTorch does the lookup (always where x wants a gradient)."""
+        config, channels = self.config, self.config.n_features_per_level
+        misfit = None if channels in CHANNELS else f"n_features_per_level is {channels}, not one of {CHANNELS}"
+        if x.requires_grad or not use_triton(config.backend, x.device, misfit, self.key):
+            return None
+        from threedrec.field.hashgrid_triton import Grid
+
+        # The copy is made each time: an optimiser may change the table without PyTorch's counter of versions noticing.
+        table = self.table.detach().half() if config.half_precision else self.table.detach()
+        return Grid(tuple(self.levels), self.open_levels, channels, table)
 
     def _padded(self, values: Tensor) -> Tensor:
         """Fill in zeros, along dimension 1, for the closed levels: leaving them out of the lookup saves their cost."""
@@ -106,8 +172,8 @@ def _suits_batched(points: Tensor) -> bool:
 class ProgressiveHashGrid(HashGrid):
     """Hash grid that opens its levels step by step; closed ones are zero."""
 
-    def __init__(self, config: EncodingConfig) -> None:
-        super().__init__(config)
+    def __init__(self, config: EncodingConfig, key: str = "pos_encoding_config") -> None:
+        super().__init__(config, key)
         self.update(0)
 
     def update(self, step: int) -> None:
@@ -220,6 +286,11 @@ class WithCoordinates(Encoding):
         own = 2.0 * torch.eye(3, device=x.device, dtype=x.dtype).expand(len(x), 3, 3)
         return torch.cat([2.0 * x - 1.0, features], dim=-1), torch.cat([own, slopes], dim=1)
 
+    def with_pull(self, x: Float[Tensor, "N 3"]) -> tuple[Features, Pull]:
+        """Return features and what applies their transposed derivative."""
+        features, pull = self.encoding.with_pull(x)
+        return torch.cat([2.0 * x - 1.0, features], dim=-1), lambda g: 2.0 * g[:, :3] + pull(g[:, 3:])
+
     def update(self, step: int) -> None:
         """Set the state that belongs to an optimisation step."""
         self.encoding.update(step)
@@ -232,14 +303,17 @@ def build_encoding(config: EncodingConfig, key: str = "pos_encoding_config") -> 
         InputError: an unknown ``otype`` or an impossible size; the message starts with ``key``.
     """
     builders = {
-        "HashGrid": lambda: HashGrid(config),
-        "ProgressiveBandHashGrid": lambda: ProgressiveHashGrid(config),
+        "HashGrid": lambda: HashGrid(config, key),
+        "ProgressiveBandHashGrid": lambda: ProgressiveHashGrid(config, key),
         "Frequency": lambda: Frequency(config, progressive=False),
         "ProgressiveBandFrequency": lambda: Frequency(config, progressive=True),
         "SphericalHarmonics": lambda: SphericalHarmonics(config),
     }
     if config.otype not in builders:
         raise InputError(f"{key}.otype: unknown encoding {config.otype!r}; use one of {', '.join(builders)}")
+    check_backend(config.backend, key)
+    if config.half_precision and config.backend == "torch":
+        raise InputError(f"{key}.half_precision: needs the Triton backend, but {key}.backend is torch")
     sizes = ("n_levels", "n_features_per_level", "log2_hashmap_size", "base_resolution", "n_frequencies")
     for name in sizes:
         if getattr(config, name) < 1:

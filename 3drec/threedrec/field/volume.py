@@ -11,7 +11,7 @@ from torch.nn import functional
 from threedrec.config_schema import ignored
 from threedrec.errors import InputError
 from threedrec.field.activations import activation
-from threedrec.field.encoding import EncodingConfig, build_encoding
+from threedrec.field.encoding import EncodingConfig, Pull, build_encoding
 from threedrec.field.mlp import MLPConfig, VanillaMLP
 
 NORMAL_TYPES = ("analytic", "finite_difference", "finite_difference_laplacian", "pred")
@@ -100,8 +100,8 @@ class ImplicitVolume(nn.Module):
         """
         normal: Tensor | None = None
         if normals and self.config.normal_type == "analytic":
-            encoded, slopes = self.encoding.with_jacobian(self._unit(points))
-            density, normal = self._with_analytic_normal(points, encoded, slopes)
+            encoded, pull = self.encoding.with_pull(self._unit(points))
+            density, normal = self._with_analytic_normal(points, encoded, pull)
         else:
             encoded = self.encoding(self._unit(points))
             density = self._activated(points, self.density_network(encoded))
@@ -111,7 +111,10 @@ class ImplicitVolume(nn.Module):
 
     def density(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, "N 1"]:
         """Return the density of world points."""
-        return self._activated(points, self.density_network(self.encoding(self._unit(points))))
+        unit = self._unit(points)
+        if torch.is_grad_enabled():
+            return self._activated(points, self.density_network(self.encoding(unit)))
+        return self._activated(points, self.encoding.through(unit, self.density_network))
 
     def features(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, "N C"]:
         """Return the features of world points, before the material's activation."""
@@ -120,7 +123,7 @@ class ImplicitVolume(nn.Module):
     def normal(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:
         """Return unit normals of world points without evaluating the features."""
         if self.config.normal_type == "analytic":
-            return self._with_analytic_normal(points, *self.encoding.with_jacobian(self._unit(points)))[1]
+            return self._with_analytic_normal(points, *self.encoding.with_pull(self._unit(points)))[1]
         encoded = self.encoding(self._unit(points))
         return self._other_normal(points, encoded, self._activated(points, self.density_network(encoded)))
 
@@ -154,20 +157,16 @@ class ImplicitVolume(nn.Module):
             return -points / std**2 * self._bias(points)
         return torch.zeros_like(points)
 
-    def _with_analytic_normal(self, points: Tensor, encoded: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+    def _with_analytic_normal(self, points: Tensor, encoded: Tensor, pull: Pull) -> tuple[Tensor, Tensor]:
         """Return density and -grad density / |grad density|.
 
         The gradient before activation is J^T d(MLP)/d(encoding), plus the bias's; the activation is monotonic, so it
         scales the gradient and leaves its direction.
         """
-        keep_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
-            leaf = encoded if encoded.requires_grad else encoded.detach().requires_grad_(True)
-            raw = self.density_network(leaf)
-            (outer,) = torch.autograd.grad(raw.sum(), leaf, create_graph=keep_graph, retain_graph=True)
-        density = self._activated(points, raw if keep_graph else raw.detach())
-        gradient = torch.einsum("nc,ncd->nd", outer, slopes) / (2.0 * self.config.radius)
-        return density, functional.normalize(-(gradient + self._bias_gradient(points)), dim=-1)
+        raw, outer = self.density_network.with_gradient(encoded)
+        gradient = pull(outer) / (2.0 * self.config.radius)
+        normal = functional.normalize(-(gradient + self._bias_gradient(points)), dim=-1)
+        return self._activated(points, raw), normal
 
     def _other_normal(self, points: Tensor, encoded: Tensor, density: Tensor) -> Tensor:
         if self.normal_network is not None:

@@ -1,0 +1,262 @@
+"""Times the hash encoding and the field on a GPU: Triton kernels, their PyTorch twin, and the targets beside them.
+
+    python benchmarks/hashgrid.py                 all rows, added to benchmarks/results/hashgrid.jsonl
+    python benchmarks/hashgrid.py --no-save       only print
+    python benchmarks/hashgrid.py --sweep         launch settings of each kernel, best first; nothing is kept
+    python benchmarks/hashgrid.py --device cpu --points 4096 --repeats 2         the twin alone, to try the script
+
+2^20 points, 16 levels of 2 features, up to 2^19 rows a level, 4096 cells a side at the finest. Milliseconds are medians
+of CUDA events over calls that follow each other without a pause. "random": points anywhere in the box; "ray": 256
+points along each of neighbouring parallel rays. "fixed": sums that do not depend on the order of addition, as every
+reconstruction uses them.
+"""
+
+import argparse
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import records
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from threedrec.field import EncodingConfig, ImplicitVolume, MLPConfig, VanillaMLP
+from threedrec.field.encoding import Encoding, build_encoding
+
+RESULTS = Path(__file__).resolve().parent / "results"
+SAMPLES = 256
+"""Points of a ray."""
+TARGETS = {
+    ("forward", "random"): 0.5,
+    ("forward", "ray"): 0.4,
+    ("forward, backward", "random"): 2.2,
+    ("forward, backward", "ray"): 2.5,
+    ("with MLP 32-64-64-1, forward, backward", "random"): 2.5,
+    ("with MLP 32-64-64-1, forward, backward", "ray"): 2.5,
+}
+"""Milliseconds on one H200 for 2^20 points."""
+
+
+def parse() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--points", type=int, default=2**20)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--sweep", action="store_true", help="try launch settings instead")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--no-save", action="store_true", help="only print")
+    return parser.parse_args()
+
+
+def milliseconds(function: Callable[[], object], args: argparse.Namespace, few: bool = False) -> float:
+    """Return the median time of a call; of a few calls where one takes long."""
+    repeats = min(args.repeats, 3) if few else args.repeats
+    for _ in range(1 if few else 3):
+        function()
+    if args.device == "cpu":
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            function()
+            times.append(1e3 * (time.perf_counter() - start))
+        return median(times)
+    pairs = []
+    for _ in range(repeats):
+        pairs.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+        pairs[-1][0].record()
+        function()
+        pairs[-1][1].record()
+    torch.cuda.synchronize()
+    return median(start.elapsed_time(end) for start, end in pairs)
+
+
+def both_orders(args: argparse.Namespace) -> dict[str, Tensor]:
+    """Return points in [0, 1] in random order and along rays, (N, 3) each."""
+    torch.manual_seed(0)
+    rays = -(-args.points // SAMPLES)
+    side = max(1, int(rays**0.5))
+    pixel = torch.arange(rays)
+    plane = torch.stack([pixel % side, pixel // side], dim=1) / side
+    along = torch.linspace(0.0, 1.0, SAMPLES).expand(rays, -1)
+    local = torch.cat([plane[:, None].expand(-1, SAMPLES, -1), along[..., None]], dim=2).reshape(-1, 3)
+    turn, _ = torch.linalg.qr(torch.randn(3, 3))
+    on_rays = 0.5 + (local - 0.5) @ turn / 3**0.5
+    return {"random": torch.rand(args.points, 3).to(args.device), "ray": on_rays[: args.points].to(args.device)}
+
+
+@contextmanager
+def repeatable(wanted: bool) -> Iterator[None]:
+    """Ask PyTorch for the same result in every run, as reconstructions do."""
+    torch.use_deterministic_algorithms(wanted, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def encoding(backend: str, half: bool = False) -> Encoding:
+    """Return the grid with features of size 1, as after a training."""
+    grid = build_encoding(EncodingConfig(backend=backend, half_precision=half))
+    torch.nn.init.normal_(grid.table)
+    return grid
+
+
+def cases(backend: str, args: argparse.Namespace) -> Iterator[tuple[str, str, Callable[[Tensor], object], bool]]:
+    """Yield (work, precision of the lookup, function of points, whether gradients flow)."""
+    precisions = ("fp32", "fp16") if backend == "triton" else ("fp32",)
+    for precision in precisions:
+        grid = encoding(backend, precision == "fp16").to(args.device)
+        network = VanillaMLP(32, 1, MLPConfig(n_hidden_layers=2, backend=backend)).to(args.device)
+        pull = torch.randn(args.points, 32, device=args.device)
+
+        def backward(x: Tensor, grid: Encoding = grid, pull: Tensor = pull) -> None:
+            grid.zero_grad(set_to_none=True)
+            grid(x).backward(pull[: len(x)])
+
+        def with_network(x: Tensor, grid: Encoding = grid, network: VanillaMLP = network) -> None:
+            grid.zero_grad(set_to_none=True)
+            network.zero_grad(set_to_none=True)
+            network(grid(x)).sum().backward()
+
+        volume = _volume(backend, precision == "fp16").to(args.device)
+
+        def with_normals(x: Tensor, volume: ImplicitVolume = volume) -> None:
+            volume.zero_grad(set_to_none=True)
+            density, features, normal = volume(2.0 * x - 1.0, normals=True)
+            (density.sum() + features.sum() + normal[:, 0].sum()).backward()
+
+        yield "forward", precision, grid, False
+        yield "forward, backward", precision, backward, True
+        yield "with MLP 32-64-64-1, forward, backward", precision, with_network, True
+        yield "with MLP 32-64-1, density alone", precision, lambda x, v=volume: v.density(2.0 * x - 1.0), False
+        yield "field with analytic normals, forward, backward", precision, with_normals, True
+
+
+def _volume(backend: str, half: bool) -> ImplicitVolume:
+    config = EncodingConfig(backend=backend, half_precision=half)
+    network = MLPConfig(backend=backend)
+    volume = ImplicitVolume(
+        ImplicitVolume.Config(normal_type="analytic", pos_encoding_config=config, mlp_network_config=network)
+    )
+    torch.nn.init.normal_(volume.encoding.table)
+    return volume
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return one row per backend, work, precision, kind of sums and order of points."""
+    orders, rows = both_orders(args), []
+    backends = ("torch",) if args.device == "cpu" else ("triton", "torch")
+    console = Console(stderr=True)
+    with console.status("measuring"):
+        for backend in backends:
+            for work, precision, function, trains in cases(backend, args):
+                # The twin knows only fixed sums.
+                for fixed in (False, True) if trains and backend == "triton" else (backend == "torch",):
+                    for order, points in orders.items():
+                        with repeatable(fixed), torch.set_grad_enabled(trains):
+                            taken = milliseconds(lambda f=function, x=points: f(x), args, few=backend == "torch")
+                        row = {"backend": backend, "work": work, "precision": precision, "order": order}
+                        rows.append(row | {"fixed_sums": fixed, "milliseconds": round(taken, 3)})
+                        console.log(f"{backend} {work} {precision} {order} fixed={fixed}: {taken:.3f} ms")
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the rows, both orders side by side, next to the targets."""
+    table = Table("backend", "work", "lookup", "sums", "random ms", "ray ms", "target random / ray")
+    key = ("backend", "work", "precision", "fixed_sums")
+    for (backend, work, precision, fixed), group in itertools.groupby(rows, lambda row: tuple(row[k] for k in key)):
+        taken = {row["order"]: f"{row['milliseconds']:.3f}" for row in group}
+        target = TARGETS.get((work, "random"))
+        goal = "" if target is None else f"{target} / {TARGETS[work, 'ray']}"
+        sums = ("fixed" if fixed else "float") if "backward" in work else ""
+        table.add_row(backend, work, precision, sums, taken["random"], taken["ray"], goal)
+    Console(width=140).print(table)
+
+
+def sweep(args: argparse.Namespace) -> None:
+    """Print the times of each kernel over its launch settings."""
+    from triton.runtime.errors import OutOfResources
+
+    from threedrec.field import density_kernel, mlp_triton
+    from threedrec.field.hashgrid_kernels import pull_kernel, tangent_kernel
+    from threedrec.field.hashgrid_triton import LAUNCH, encode_triton, scatter
+
+    orders, grid = both_orders(args), encoding("triton").to(args.device)
+    lookup = grid._grid(orders["random"])
+    network = VanillaMLP(32, 1, MLPConfig()).to(args.device)
+    pull, tangent = torch.randn(args.points, 32, device=args.device), torch.randn(args.points, 3, device=args.device)
+
+    def tangent_of(x: Tensor) -> None:
+        lookup.launch("tangent", tangent_kernel, x, lookup.read, tangent, torch.empty_like(pull))
+
+    def trained(layers: int, slope: bool) -> Callable[[Tensor], object]:
+        chosen = VanillaMLP(32, 1, MLPConfig(n_hidden_layers=layers, backend="triton")).to(args.device)
+
+        def both_ways(_: Tensor) -> None:
+            x = pull.detach().requires_grad_(True)
+            with torch.enable_grad():
+                outputs = chosen.with_gradient(x) if slope else (chosen(x),)
+                torch.autograd.backward(outputs, [torch.ones_like(part) for part in outputs])
+
+        return both_ways
+
+    works: dict[str, tuple[dict[str, Any], Callable[[Tensor], object]]] = {
+        "features": (LAUNCH["features"], lambda x: encode_triton(x, grid.table, lookup)),
+        "tangent": (LAUNCH["tangent"], tangent_of),
+        "pull": (
+            LAUNCH["pull"],
+            lambda x: lookup.launch("pull", pull_kernel, x, lookup.read, pull, torch.empty_like(x)),
+        ),
+        "scatter": (LAUNCH["scatter"], lambda x: scatter(x, pull, None, None, lookup, grid.table.shape)),
+        "scatter both": (LAUNCH["scatter"], lambda x: scatter(x, pull, pull, tangent, lookup, grid.table.shape)),
+        "density": (density_kernel.SETTINGS, lambda x: grid.through(x, network)),
+        "MLP 32-64-1 with slope": (mlp_triton.BACKWARD, trained(1, True)),
+        "MLP 32-64-64-1": (mlp_triton.BACKWARD, trained(2, False)),
+    }
+    for name, (settings, function) in works.items():
+        blocks, shares = ((32, 64, 128), (0.5, 1)) if name.startswith("MLP") else ((128, 256), (1, 2))
+        before, lines = dict(settings), []
+        groups = (1, 2, 4, 16) if "GROUP" in settings else (None,)
+        for block, each, group in itertools.product(blocks, shares, groups):
+            warps = int(block / 32 / each)
+            if not 1 <= warps <= 16:
+                continue
+            settings.update(BLOCK=block, num_warps=warps)
+            if group is not None:
+                settings["GROUP"] = group
+            try:
+                with torch.no_grad():
+                    taken = [milliseconds(lambda f=function, x=x: f(x), args) for x in orders.values()]
+            except OutOfResources:
+                continue
+            lines.append((sum(taken), dict(settings), taken))
+        settings.update(before)
+        for _, chosen, taken in sorted(lines, key=lambda line: line[0])[:4]:
+            print(f"{name:<22} random {taken[0]:7.3f}   ray {taken[1]:7.3f}   {chosen}")
+
+
+def main() -> None:
+    """Print all timings and keep them."""
+    args = parse()
+    if args.sweep:
+        sweep(args)
+        return
+    rows = measure(args)
+    show(rows)
+    if not args.no_save:
+        origin = {"date": records.now(), "machine": records.machine(args.device), "points": args.points}
+        origin["versions"] = records.versions(("torch",))
+        records.append(args.out, "hashgrid.jsonl", (origin | row for row in rows))
+
+
+if __name__ == "__main__":
+    main()

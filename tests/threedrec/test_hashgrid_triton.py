@@ -1,0 +1,347 @@
+"""The Triton kernels against their PyTorch twins, in value and gradient.
+
+On a GPU these are the compiled kernels; ``test_hashgrid_interpreted`` runs this file on the CPU.
+"""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from threedrec.field import EncodingConfig, ImplicitVolume, MLPConfig, VanillaMLP
+from threedrec.field.encoding import HashGrid, build_encoding
+from threedrec.field.hashgrid import build_levels, encode_plain, jacobian_plain
+
+REAL = os.environ.get("TRITON_INTERPRET") != "1"
+DEVICE = "cuda" if REAL else "cpu"
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+if not REAL:
+    pytestmark = []
+
+COUNT = 2**16 + 5 if REAL else 37
+LEVELS = tuple(build_levels(n_levels=2, base_resolution=3, per_level_scale=3.5, log2_hashmap_size=8))
+ROWS = LEVELS[-1].start + LEVELS[-1].rows
+# The interpreter computes in float64 as well as the twin; a GPU is asked for what training uses.
+KIND = torch.float32 if REAL else torch.float64
+CLOSE = {"rtol": 1e-4, "atol": 1e-4} if REAL else {"rtol": 1e-9, "atol": 1e-9}
+"""Float32: cells are up to 10 to a side, features of size 1, slopes of size 10."""
+
+
+def points(count: int = COUNT) -> Tensor:
+    """Fresh points, among them the corners of the box, beyond them, and cell borders of all levels."""
+    x = torch.rand(count, 3)
+    special = torch.tensor([[0.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.0, 1.0, 0.5], [1.2, -0.1, 0.5], [1.0, 0.25, 0.0]])
+    x[: len(special)] = special[:count]
+    return x.to(DEVICE, KIND)
+
+
+def grid_of(table: Tensor, opened: int = len(LEVELS)):
+    from threedrec.field.hashgrid_triton import Grid
+
+    return Grid(LEVELS, opened, table.shape[1], table.detach())
+
+
+def new_table(channels: int = 2) -> Tensor:
+    return torch.randn(ROWS, channels, device=DEVICE, dtype=KIND).requires_grad_(True)
+
+
+def assert_close(got: Tensor, want: Tensor, share: float = 1.0) -> None:
+    """Compare that share of values: a slope jumps where rounding moves a point to the next cell."""
+    want = want.to(got)
+    scale = float(want.detach().abs().max()) if want.numel() else 1.0
+    if share == 1.0:
+        torch.testing.assert_close(got, want, rtol=CLOSE["rtol"], atol=CLOSE["atol"] * max(scale, 1e-30))
+    else:
+        good = ((got - want).abs() <= CLOSE["atol"] * scale + CLOSE["rtol"] * want.abs()).double().mean()
+        assert got.isfinite().all() and good >= share
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill fresh memory with what is no number: whatever a kernel leaves out shows."""
+
+    def spoilt(make):
+        def wrapper(*args, **kwargs):
+            fresh = make(*args, **kwargs)
+            return fresh.fill_(torch.nan) if fresh.is_floating_point() else fresh
+
+        return wrapper
+
+    monkeypatch.setattr(torch, "empty_like", spoilt(torch.empty_like))
+    monkeypatch.setattr(Tensor, "new_empty", spoilt(Tensor.new_empty))
+
+
+@pytest.fixture(params=[False, True], ids=["float-sums", "fixed-sums"])
+def sums(request: pytest.FixtureRequest):
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.use_deterministic_algorithms(request.param, warn_only=True)
+    yield request.param
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = filled
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_features_and_slopes_have_the_values_and_gradients_of_the_definition(channels: int, sums, poison):
+    from threedrec.field.hashgrid_triton import encode_linked
+
+    x, table = points(), new_table(channels)
+    exact_x, exact = x.double(), table.detach().double().requires_grad_(True)
+    linked = encode_linked(x, table, grid_of(table))
+    features = encode_plain(exact_x, exact, LEVELS)
+    assert_close(linked.features, features)
+
+    g = torch.randn_like(features).requires_grad_(True)
+    short_g = g.detach().to(KIND).requires_grad_(True)
+    pulled = linked.pull(short_g)
+    want = torch.einsum("nc,ncd->nd", g, jacobian_plain(exact_x, exact, LEVELS))
+    assert_close(pulled, want, share=0.9999 if REAL else 1.0)
+
+    v, w = torch.randn_like(want), torch.randn_like(features)
+    loss = (pulled * v.to(KIND)).sum() + (linked.features * w.to(KIND)).sum()
+    got = torch.autograd.grad(loss, (table, short_g))
+    expected = torch.autograd.grad((want * v).sum() + (features * w).sum(), (exact, g))
+    assert_close(got[0], expected[0])
+    assert_close(got[1], expected[1], share=0.9999 if REAL else 1.0)
+
+
+def test_each_way_to_the_table_works_alone_and_again():
+    from threedrec.field.hashgrid_triton import encode_linked
+
+    x, table = points(), new_table()
+    linked = encode_linked(x, table, grid_of(table))
+    g = torch.randn(len(x), linked.grid.width, device=DEVICE, dtype=KIND, requires_grad=True)
+    pulled = linked.pull(g)
+
+    def grads(loss: Tensor) -> Tensor:
+        return torch.autograd.grad(loss, table, retain_graph=True)[0]
+
+    values, slopes = grads(linked.features.sum()), grads(pulled.sum())
+    # A pass that stops at g leaves nothing behind for the next one.
+    torch.autograd.grad(pulled.sum(), g, retain_graph=True)
+    assert_close(grads(linked.features.sum()), values)
+    assert_close(grads(pulled.sum() + linked.features.sum()), values + slopes)
+    assert values.abs().max() > 0 and slopes.abs().max() > 0
+
+
+@pytest.mark.parametrize(("count", "group"), [(0, 1), (1, 2), (32, 4), (45, 1)])
+def test_any_number_of_points_in_any_groups_of_levels(count: int, group: int, monkeypatch, poison):
+    from threedrec.field import hashgrid_triton
+
+    small = {"BLOCK": 16, "GROUP": group, "num_warps": 1}
+    for name in hashgrid_triton.LAUNCH:
+        monkeypatch.setitem(hashgrid_triton.LAUNCH, name, {k: small[k] for k in hashgrid_triton.LAUNCH[name]})
+    x, table = points(count), new_table()
+    linked = hashgrid_triton.encode_linked(x, table, grid_of(table))
+    pulled = linked.pull(linked.features)
+    exact = table.detach().double().requires_grad_(True)
+    features, slopes = (f(x.double(), exact, LEVELS) for f in (encode_plain, jacobian_plain))
+    assert linked.features.shape == (count, 4) and pulled.shape == (count, 3)
+    want = torch.einsum("nc,ncd->nd", features, slopes)
+    assert_close(linked.features, features)
+    assert_close(pulled, want)
+    assert_close(*(torch.autograd.grad(u.square().sum(), t)[0] for u, t in ((pulled, table), (want, exact))))
+
+
+def test_closed_levels_are_zero_and_untouched(sums, poison):
+    from threedrec.field.hashgrid_triton import encode_linked
+
+    x, table = points(), new_table()
+    linked = encode_linked(x, table, grid_of(table, opened=1))
+    assert_close(linked.features[:, :2], encode_plain(x, table, LEVELS[:1]))
+    assert (linked.features[:, 2:] == 0).all()
+    pulled = linked.pull(torch.ones_like(linked.features).requires_grad_(True))
+    (grad,) = torch.autograd.grad(linked.features.sum() + pulled.square().sum(), table)
+    assert (grad[LEVELS[1].start :] == 0).all() and (grad[: LEVELS[1].start] != 0).any() and grad.isfinite().all()
+
+
+def test_layouts_of_inputs_do_not_matter():
+    from threedrec.field.hashgrid_triton import encode_linked, encode_triton
+
+    x, table = points(), new_table()
+    wide = torch.full((len(x), 5), torch.nan, device=DEVICE, dtype=KIND)
+    wide[:, 1:4] = x
+    want = encode_triton(x, table, grid_of(table))
+    assert torch.equal(encode_triton(wide[:, 1:4], table, grid_of(table)), want)
+    linked = encode_linked(x.t().contiguous().t(), table, grid_of(table))
+    g = torch.ones(1, 1, device=DEVICE, dtype=KIND).expand(want.shape).requires_grad_(True)
+    expected = jacobian_plain(x, table, LEVELS).sum(1)
+    assert_close(linked.pull(g), expected, share=0.9999 if REAL else 1.0)
+    assert_close(torch.autograd.grad(want.sum(), table)[0], torch.autograd.grad(linked.features.sum(), table)[0])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
+def test_fixed_sums_do_not_depend_on_the_order_of_points():
+    from threedrec.field.hashgrid_triton import scatter
+
+    x, order = points().float(), torch.randperm(COUNT, device=DEVICE)
+    table = torch.zeros(ROWS, 2, device=DEVICE)
+    # Sizes ten orders of magnitude apart: float32 sums differ from order to order.
+    size = 10.0 ** torch.randint(-6, 5, (COUNT, 1), device=DEVICE)
+    grad, pull, tangent = (torch.randn(COUNT, width, device=DEVICE) * size for width in (4, 4, 3))
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        first = scatter(x, grad, pull, tangent, grid_of(table), table.shape)
+        again = scatter(x[order], grad[order], pull[order], tangent[order], grid_of(table), table.shape)
+        assert torch.equal(first, again) and first.abs().max() > 0
+        one, tiny, zero = (scatter(x, grad * f, None, None, grid_of(table), table.shape) for f in (1.0, 2.0**-60, 0.0))
+        torch.testing.assert_close(tiny * 2.0**60, one, rtol=1e-5, atol=1e-6 * float(one.abs().max()))
+        assert (zero == 0).all()
+        pull[3, 2] = torch.nan
+        assert not scatter(x, grad, pull, tangent, grid_of(table), table.shape).isfinite().any()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.skipif(not REAL, reason="too large for the interpreter")
+def test_the_released_size_where_products_of_hashes_leave_32_bits():
+    from threedrec.field.hashgrid_triton import Grid, encode_linked
+
+    levels = tuple(build_levels(16, 16, 1.447269237440378, 19))
+    table = torch.randn(levels[-1].start + levels[-1].rows, 2, device=DEVICE).requires_grad_(True)
+    exact, x = table.detach().double().requires_grad_(True), points()
+    linked = encode_linked(x, table, Grid(levels, 16, 2, table.detach()))
+    want = encode_plain(x.double(), exact, levels)
+    # Float32 knows a position among 4096 cells to about 2e-4 of a cell.
+    torch.testing.assert_close(linked.features, want.float(), rtol=0, atol=5e-3)
+    pull = torch.randn_like(want)
+    (got,) = torch.autograd.grad((linked.features * pull.float()).sum(), table)
+    (expected,) = torch.autograd.grad((want * pull).sum(), exact)
+    assert torch.linalg.vector_norm(got - expected) < 1e-3 * torch.linalg.vector_norm(expected)
+    slope = torch.einsum("nc,ncd->nd", pull, jacobian_plain(x.double(), exact, levels))
+    error = torch.linalg.vector_norm(linked.pull(pull.float()) - slope, dim=1) / torch.linalg.vector_norm(slope, dim=1)
+    assert (error < 1e-2).double().mean() > 0.99
+
+
+def encoding_config(**changes) -> EncodingConfig:
+    sizes = {"n_levels": 2, "base_resolution": 3, "per_level_scale": 3.5, "log2_hashmap_size": 8}
+    return EncodingConfig(**sizes | {"backend": "triton"} | changes)
+
+
+def test_half_precision_reads_a_copy_that_follows_the_table():
+    grid = build_encoding(encoding_config(half_precision=True)).to(DEVICE)
+    torch.nn.init.normal_(grid.table)
+    x = points().float()
+    for _ in range(2):
+        want = encode_plain(x, grid.table.half().float(), LEVELS)
+        torch.testing.assert_close(grid(x), want, rtol=1e-4, atol=1e-4)
+        (grad,) = torch.autograd.grad(grid(x).sum(), grid.table)
+        assert grad.dtype == torch.float32
+        with torch.no_grad():
+            grid.table.mul_(-3.0)
+    assert not [name for name in grid.state_dict() if name != "table"]
+
+
+def volumes(network: dict | None = None, **changes) -> tuple[ImplicitVolume, ImplicitVolume]:
+    """The same rough field on Triton and, in float64, on PyTorch."""
+    fields = []
+    for backend in ("triton", "torch"):
+        config = ImplicitVolume.Config(
+            normal_type="analytic",
+            pos_encoding_config=encoding_config(backend=backend, **changes),
+            mlp_network_config=MLPConfig(n_neurons=16, **(network or {})),
+        )
+        fields.append(ImplicitVolume(config).to(DEVICE, KIND))
+    for parameter in fields[0].parameters():
+        torch.nn.init.normal_(parameter)
+    fields[1].load_state_dict(fields[0].state_dict())
+    return fields[0], fields[1].double()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"include_xyz": True}, {"otype": "ProgressiveBandHashGrid", "start_level": 1}],
+    ids=["plain", "coordinates", "progressive"],
+)
+def test_a_field_with_normals_trains_as_its_twin_does(changes: dict, poison):
+    field, twin = volumes(**changes)
+    x = 2.0 * points() - 1.0
+    got, want = field(x, normals=True), twin(x.double(), normals=True)
+    for one, other in zip(got, want, strict=True):
+        assert_close(one, other, share=0.999 if REAL else 1.0)
+    # Without the direction of normals in flat places, whose derivative has no bound.
+    pulls = [torch.randn_like(part) for part in want]
+    steep = torch.linalg.vector_norm(x, dim=1)[:, None] > 0.05
+    losses = [sum((p * q.to(p) * steep).sum() for p, q in zip(o, pulls, strict=True)) for o in (got, want)]
+    grads = torch.autograd.grad(losses[0], list(field.parameters()))
+    for one, other in zip(grads, torch.autograd.grad(losses[1], list(twin.parameters())), strict=True):
+        error = torch.linalg.vector_norm(one.double() - other) / torch.linalg.vector_norm(other)
+        assert error < (2e-2 if REAL else 1e-8)
+    assert_close(field.normal(x), got.normal, share=0.999 if REAL else 1.0)
+
+
+@pytest.mark.parametrize("sums", [True], ids=["fixed-sums"], indirect=True)
+def test_a_field_repeats_itself_under_deterministic_algorithms(sums):
+    field, _ = volumes(network={"backend": "triton"}, n_features_per_level=8)
+    field, x = field.float(), (2.0 * points() - 1.0).float()
+
+    def gradients() -> list[Tensor]:
+        density, features, normal = field(x, normals=True)
+        return list(torch.autograd.grad(density.sum() + features.sum() + normal[:, 0].sum(), list(field.parameters())))
+
+    for one, other in zip(gradients(), gradients(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_densities_without_gradients_are_those_with(poison):
+    field, twin = volumes()
+    x = 2.0 * points() - 1.0
+    with torch.no_grad():
+        assert_close(field.density(x), twin.density(x.double()))
+        assert field.density(x[:0]).shape == (0, 1)
+    assert field.density(x).requires_grad
+
+
+@pytest.mark.parametrize(("neurons", "layers", "fused"), [(16, 1, True), (64, 2, True), (24, 1, False), (16, 3, False)])
+def test_network_and_lookup_in_one_kernel_equal_the_two(neurons: int, layers: int, fused: bool, poison):
+    from threedrec.field.density_kernel import fits
+
+    grid = build_encoding(encoding_config()).to(DEVICE, KIND)
+    assert isinstance(grid, HashGrid)
+    torch.nn.init.normal_(grid.table)
+    network = VanillaMLP(4, 1, MLPConfig(n_neurons=neurons, n_hidden_layers=layers)).to(DEVICE, KIND)
+    assert fits(network) == fused
+    x = points()
+    assert_close(grid.through(x, network), network(encode_plain(x, grid.table, LEVELS)))
+    with torch.no_grad():
+        network.layers[0].weight[0, 0] = torch.nan
+    assert grid.through(x, network).isnan().all()
+
+
+@pytest.mark.parametrize(("outputs", "layers", "slope"), [(1, 1, True), (3, 1, False), (1, 2, False)])
+def test_a_network_in_one_kernel_trains_as_its_twin_does(outputs: int, layers: int, slope: bool, poison):
+    config = {"n_neurons": 32, "n_hidden_layers": layers}
+    network = VanillaMLP(16, outputs, MLPConfig(**config, backend="triton")).to(DEVICE, KIND)
+    twin = VanillaMLP(16, outputs, MLPConfig(**config, backend="torch")).to(DEVICE).double()
+    twin.load_state_dict(network.state_dict())
+    x = torch.randn(4 * COUNT + 3, 16, device=DEVICE, dtype=KIND, requires_grad=True)
+    exact_x = x.detach().double().requires_grad_(True)
+    got, want = (n.with_gradient(v) if slope else (n(v),) for n, v in ((network, x), (twin, exact_x)))
+    pulls = [torch.randn_like(part) for part in want]
+    for one, other in zip(got, want, strict=True):
+        # A neuron within rounding of zero may be on in one and off in the other.
+        assert_close(one, other, share=0.999 if REAL else 1.0)
+    losses = [sum((p * q.to(p)).sum() for p, q in zip(o, pulls, strict=True)) for o in (got, want)]
+    grads = torch.autograd.grad(losses[0], [x, *network.parameters()])
+    for one, other in zip(grads, torch.autograd.grad(losses[1], [exact_x, *twin.parameters()]), strict=True):
+        error = torch.linalg.vector_norm(one.double() - other) / torch.linalg.vector_norm(other)
+        assert error < (1e-3 if REAL else 1e-12)
+    empty = network(x[:0])
+    assert empty.shape == (0, outputs) and torch.autograd.grad(empty.sum(), network.weights[0])[0].abs().max() == 0
+
+
+def test_where_points_want_gradients_pytorch_does_the_lookup():
+    grid = build_encoding(encoding_config()).to(DEVICE)
+    x = points().float().requires_grad_(True)
+    (slope,) = torch.autograd.grad(grid(x).sum(), x)
+    assert slope.shape == x.shape and slope.abs().max() > 0
+
+
+def test_channels_that_the_kernels_do_not_know():
+    from threedrec.errors import InputError
+
+    x = points().float()
+    with pytest.raises(InputError, match="n_features_per_level is 3"):
+        build_encoding(encoding_config(n_features_per_level=3)).to(DEVICE)(x)
+    assert build_encoding(encoding_config(n_features_per_level=3, backend="auto")).to(DEVICE)(x).shape == (COUNT, 6)
