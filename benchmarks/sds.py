@@ -86,7 +86,9 @@ def distil(config: NVSModelConfig, device: str, dtype: str, views: int) -> tuple
     if on_gpu:
         torch.cuda.empty_cache()
     model = random_model(config, device).to(DTYPES[dtype])
-    guidance = ScoreDistillation(model, memory=PLANS["normal"])
+    half = on_gpu and dtype != "fp32"  # as a reconstruction runs it
+    encoder = torch.bfloat16 if half else torch.float32
+    guidance = ScoreDistillation(model, memory=PLANS["normal"], graphs=half, encoder_dtype=encoder)
     draw = torch.Generator().manual_seed(0)
     coarse = torch.rand(views, 3, 16, 16, generator=draw).to(device) * 2 - 1
     images = functional.interpolate(coarse, (config.image_size,) * 2, mode="bicubic").clamp(-1, 1).requires_grad_()

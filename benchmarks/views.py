@@ -42,6 +42,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--guidance-scale", type=float, default=3.0)
     parser.add_argument("--scheduler", choices=tuple(SCHEDULERS), default="euler")
     parser.add_argument("--offload", choices=("none", "model", "sequential"), default="none")
+    parser.add_argument("--graph", choices=("auto", "off"), default="auto", help="CUDA graphs of the network call")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--no-save", action="store_true", help="only print")
@@ -60,15 +61,17 @@ def build(config: NVSModelConfig, device: str, dtype: str, scheduler: str, offlo
     return pipeline
 
 
-def measure(pipeline: NVSAdapterPipeline, device: str, views: int, steps: int, scale: float, repeats: int) -> dict:
+def measure(pipeline: NVSAdapterPipeline, args: argparse.Namespace) -> dict[str, Any]:
     """Seconds of every run, peak memory, and whether the views are finite."""
+    device, views = args.device, args.views
     on_gpu = torch.device(device).type == "cuda"
     image = np.random.default_rng(0).random((256, 256, 3), dtype=np.float32)
     azimuths = [30.0 * (i + 1) for i in range(views)]
 
     def call(count: int) -> np.ndarray:
         generator = torch.Generator(device).manual_seed(0)
-        options: dict[str, Any] = {"num_inference_steps": count, "guidance_scale": scale, "generator": generator}
+        options: dict[str, Any] = {"num_inference_steps": count, "guidance_scale": args.guidance_scale}
+        options |= {"generator": generator, "graph": args.graph}
         result = pipeline(image, [0.0] * views, azimuths, output_type="np", **options).images
         if on_gpu:
             torch.cuda.synchronize()
@@ -79,9 +82,9 @@ def measure(pipeline: NVSAdapterPipeline, device: str, views: int, steps: int, s
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     seconds = []
-    for _ in range(repeats):
+    for _ in range(args.repeats):
         start = time.perf_counter()
-        pictures = call(steps)
+        pictures = call(args.steps)
         seconds.append(time.perf_counter() - start)
     host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
@@ -109,6 +112,7 @@ def describe(args: argparse.Namespace, dtype: str) -> dict[str, Any]:
         "steps": args.steps,
         "guidance_scale": args.guidance_scale,
         "offload": args.offload,
+        "graph": args.graph,
     }
 
 
@@ -129,7 +133,7 @@ def main() -> None:
     config, results = full_size_config(args.family), []
     for dtype in args.dtype or tuple(DTYPES):
         pipeline = build(config, args.device, dtype, args.scheduler, args.offload)
-        numbers = measure(pipeline, args.device, args.views, args.steps, args.guidance_scale, args.repeats)
+        numbers = measure(pipeline, args)
         results.append(describe(args, dtype) | numbers)
         del pipeline
         if torch.cuda.is_available():

@@ -26,12 +26,13 @@ class MultiHeadAttention(nn.Module):
 
     def attend(
         self,
-        x: Float[Tensor, "batch queries dim"],
+        x: Float[Tensor, "#batch queries dim"],
         keys: Float[Tensor, "batch tokens inner"],
         values: Float[Tensor, "batch tokens inner"],
     ) -> Float[Tensor, "batch queries dim"]:
-        """Output for `x` attending to keys and values."""
-        split = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.to_q(x), keys, values))
+        """Output for `x` attending to keys and values; an `x` of batch 1 does so in every one of their batch."""
+        queries = self.to_q(x).expand(keys.shape[0], -1, -1)
+        split = (t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (queries, keys, values))
         out = F.scaled_dot_product_attention(*split)
         return self.to_out(out.transpose(1, 2).flatten(2))
 

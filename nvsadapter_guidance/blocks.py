@@ -5,9 +5,10 @@ every batch are ordered: the support rows of all samples first, then the query r
 """
 
 from dataclasses import dataclass
-from typing import Any, Dict, Optional, Tuple
+from typing import Any, Dict, Mapping, Optional, Tuple
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from jaxtyping import Float
@@ -17,11 +18,26 @@ from nvsadapter_guidance.adapter_config import NVSAdapterConfig
 from nvsadapter_guidance.attention import MultiHeadAttention
 from nvsadapter_guidance.composer import JointComposer, LearnableTokenComposer, joint_views
 from nvsadapter_guidance.errors import InputError
+from nvsadapter_guidance.feed_forward import feed_forward
 
 CONTEXT_KEY = "nvs_views"
 """Name of the `ViewContext` in `cross_attention_kwargs`."""
 
 KeyValues = Tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class FoldedViews:
+    """What blocks know of views whose conditions are constant, see `folded.fold`.
+
+    Rows are ordered: support rows of unconditional samples if any, unconditional query rows if any, conditional ones.
+    """
+
+    constants: Mapping[str, Tensor]
+    branch: Tensor
+    """[rows]: the row of two-row constants that a row of the batch takes, 1 where it is conditional, else 0."""
+    branches: int
+    """Number of branches among the query rows."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +56,8 @@ class ViewContext:
     """Support keys and values of view attention by block path, instead of support rows."""
     record: Optional[Dict[str, KeyValues]] = None
     """Receives the same when the support stream runs alone."""
+    folded: Optional[FoldedViews] = None
+    """Instead of image tokens, text and cached keys and values."""
 
 
 class BlockAdapter(nn.Module):
@@ -71,6 +89,35 @@ class BlockAdapter(nn.Module):
         if views.support_rows == 0:
             return query
         return support if views.num_query == 0 else torch.cat((support, query))
+
+    def forward_folded(
+        self, x: Float[Tensor, "rows tokens dim"], views: ViewContext, folded: FoldedViews
+    ) -> Float[Tensor, "rows tokens dim"]:
+        """The same with constants, for inference; changes `x` itself, and spares copies of it by that."""
+        rows, path = views.support_rows, self.path
+        placed = x + views.positional[self.level]
+        composed = self.composer_delta(placed[rows:], views)
+        if composed is not None:
+            x[rows:] += composed
+            placed[rows:] += composed
+        keys, values = (folded.constants[f"{path}.{name}"] for name in ("keys", "values"))
+        if folded.branches == 1:
+            keys, values = keys[-1:], values[-1:]
+        if rows:
+            live = self.view_attn.keys_values(placed[:rows])
+            if self.config.view_attn_mode != "support_skip":
+                x[:rows] += self.view_attn.attend(placed[:rows], *live)
+            keys, values = (torch.cat((a, b.expand_as(a))) for a, b in zip(live, (keys, values), strict=True))
+        # Samples that share keys and values are one sequence.
+        joint = placed[rows:].reshape(keys.shape[0], -1, x.shape[-1])
+        x[rows:] += self.view_attn.attend(joint, keys, values).view_as(x[rows:])
+        if rows and self.config.image_attn_mode == "query_only" and not self.config.imgemb_to_text:
+            x[:rows] *= 2.0  # as released, see `image_deltas`
+        image = folded.constants.get(f"{path}.image")
+        if image is not None:
+            first = rows if self.config.image_attn_mode == "query_only" else 0
+            x[first:] += image[folded.branch[first:]]
+        return x
 
     def composer_delta(self, query: Tensor, views: ViewContext) -> Optional[Tensor]:
         """What the composer adds to the query rows; None for nothing."""
@@ -152,13 +199,33 @@ class NVSTransformerBlock(nn.Module):
         views = kwargs.pop(CONTEXT_KEY, None)
         x = hidden_states
         x = self.attn1(self.norm1(x), attention_mask=attention_mask, **kwargs) + x
+        if views is not None and views.folded is not None:
+            x = self.block_adapter.forward_folded(x, views, views.folded)
+            x += self._folded_text(x, views.folded)
+            return feed_forward(self.ff, self.norm3(x)) + x
         text = encoder_hidden_states
         if views is not None:
-            adapter: BlockAdapter = self.__dict__["adapter"]
-            x = adapter(x, views)
-            text = views.image_tokens if adapter.config.imgemb_to_text else text
+            x = self.block_adapter(x, views)
+            text = views.image_tokens if self.block_adapter.config.imgemb_to_text else text
         x = self._text_attention(x, text, encoder_attention_mask, kwargs) + x
         return self.ff(self.norm3(x)) + x
+
+    @property
+    def block_adapter(self) -> BlockAdapter:
+        """The adapter's part of the block."""
+        return self.__dict__["adapter"]
+
+    def _folded_text(self, x: Tensor, folded: FoldedViews) -> Tensor:
+        """What text attention adds: a vector a branch for one token, else attention of all rows as one sequence."""
+        path, attention = self.block_adapter.path, self.attn2
+        vectors = folded.constants.get(f"{path}.text")
+        if vectors is not None:
+            return vectors if len(vectors) == 1 else vectors[folded.branch]
+        queries = attention.to_q(self.norm2(x)).flatten(0, 1)[None]
+        keys, values = (folded.constants[f"{path}.{name}"] for name in ("text_keys", "text_values"))
+        q, k, v = (t.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for t in (queries, keys, values))
+        attended = F.scaled_dot_product_attention(q, k, v, scale=attention.scale)
+        return attention.to_out[0](attended.transpose(1, 2).flatten(2)).view_as(x)
 
     def _text_attention(
         self, x: Tensor, text: Optional[Tensor], mask: Optional[Tensor], kwargs: Dict[str, Any]

@@ -141,15 +141,16 @@ def look_at(
         right = _released_normalise(torch.linalg.cross(down, forward))
         up = _released_normalise(torch.linalg.cross(right, forward))
     opengl = torch.stack((right, up, -forward, position), dim=-1)
-    bottom = opengl.new_tensor((0.0, 0.0, 0.0, 1.0)).expand(*opengl.shape[:-2], 1, 4)
-    return from_opengl(torch.cat((opengl, bottom), dim=-2), convention).to(torch.float32)
+    return from_opengl(_with_bottom_row(opengl), convention).to(torch.float32)
 
 
 def from_opengl(
     c2w: Float[Tensor, "*batch 4 4"], convention: CameraConvention = PINHOLE
 ) -> Float[Tensor, "*batch 4 4"]:
     """Re-express OpenGL camera-to-world matrices in the convention's camera frame; positions stay."""
-    return c2w * c2w.new_tensor((*convention.signs, 1.0))
+    # Column by column: a tensor of the signs would be a copy from host to device, which waits for the device.
+    columns = zip(c2w.unbind(dim=-1), (*convention.signs, 1.0), strict=True)
+    return torch.stack([column * sign for column, sign in columns], dim=-1)
 
 
 def relative_to_support(
@@ -161,7 +162,7 @@ def relative_to_support(
     """
     exact = c2w.to(torch.float64)
     support = exact[..., 0, :, :] if support_c2w is None else support_c2w.to(torch.float64)
-    return (torch.linalg.inv(support)[..., None, :, :] @ exact).to(c2w.dtype)
+    return (_inverse(support)[..., None, :, :] @ exact).to(c2w.dtype)
 
 
 def focal_length(fov_deg: float, size: int, convention: CameraConvention = PINHOLE) -> float:
@@ -180,6 +181,23 @@ def intrinsic_matrix(
     matrix[0, 2] = width / 2.0
     matrix[1, 2] = height / 2.0
     return matrix
+
+
+def _inverse(c2w: Float[Tensor, "*batch 4 4"]) -> Float[Tensor, "*batch 4 4"]:
+    """Inverse of an affine map by Cramer's rule, for rotations that are not quite orthonormal.
+
+    ``torch.linalg.inv`` waits for the device to say whether a matrix is singular.
+    """
+    x, y, z, position = c2w[..., :3, :].unbind(dim=-1)
+    cofactors = torch.stack((torch.linalg.cross(y, z), torch.linalg.cross(z, x), torch.linalg.cross(x, y)), dim=-2)
+    linear = cofactors / (x * cofactors[..., 0, :]).sum(dim=-1)[..., None, None]
+    return _with_bottom_row(torch.cat((linear, -linear @ position[..., None]), dim=-1))
+
+
+def _with_bottom_row(matrix: Float[Tensor, "*batch 3 4"]) -> Float[Tensor, "*batch 4 4"]:
+    bottom = torch.zeros_like(matrix[..., :1, :])
+    bottom[..., 3].fill_(1.0)
+    return torch.cat((matrix, bottom), dim=-2)
 
 
 def _released_normalise(vectors: Tensor) -> Tensor:

@@ -35,7 +35,7 @@ class LearnableTokenComposer(nn.Module):
     def forward(self, query: Float[Tensor, "rows tokens dim"], num_query: int) -> Float[Tensor, "rows tokens dim"]:
         """What is added to the query tokens."""
         views = joint_views(query, num_query)
-        gathered = self.gather(self.tokens.expand(views.shape[0], -1, -1), views)
+        gathered = self.gather.attend(self.tokens, *self.gather.keys_values(views))
         return self.spread(views, gathered).reshape(query.shape)
 
 

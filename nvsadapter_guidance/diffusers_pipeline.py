@@ -192,6 +192,7 @@ class NVSAdapterPipeline(DiffusionPipeline):
         | None = None,
         rotating_groups: bool = False,
         groups_per_call: int = 8,
+        graph: str = "auto",
     ) -> ImagePipelineOutput | tuple[Any]:
         """Sample views. The support image is taken to be seen from elevation 0, azimuth 0, at the training distance.
 
@@ -213,14 +214,19 @@ class NVSAdapterPipeline(DiffusionPipeline):
             rotating_groups: views change their groups of ``num_query`` from step to step, so that more than
                 ``num_query`` views agree with each other; False keeps groups of neighbours, as released.
             groups_per_call: groups in one network call; fewer need less memory.
+            graph: ``auto`` makes CUDA graphs of the network call on a GPU, unless the networks are offloaded; ``off``
+                makes none.
 
         Raises:
             InputError: an argument cannot be used (named).
         """
         check_output_type(output_type)
+        if graph not in ("auto", "off"):
+            raise InputError(f"graph '{graph}' is unknown; use auto or off")
         options = SamplingOptions(num_inference_steps, guidance_scale, num_query, rotating_groups, groups_per_call)
         model, device = self.model, self._execution_device
         model.config = self._config_for(image_size)
+        model.graphs.enabled = graph == "auto"
         degrees = _numbers("elevations", elevations), _numbers("azimuths", azimuths)
         places = None if distances is None else _numbers("distances", distances)
         poses = view_poses(*degrees, places, model.config.distance, device)

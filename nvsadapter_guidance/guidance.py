@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nvsadapter_guidance import diffusion
 from nvsadapter_guidance.errors import InputError
+from nvsadapter_guidance.frozen_encoder import FrozenEncoder
 from nvsadapter_guidance.memory import MemoryPlan
 from nvsadapter_guidance.model import NVSModel
 from nvsadapter_guidance.pipeline import Poses, SupportConditions, guided_prediction, predict_clean, prepare
@@ -38,10 +39,15 @@ class ScoreDistillation:
         num_query: views judged together; None for as many as the model was trained with.
         max_norm: entries of the latents' gradient are clipped to this size; None for no clipping.
         memory: how much is done at a time; sets ``model.pixels_per_call``.
+        graphs: capture CUDA graphs on a GPU where the memory plan lets them be; sets ``model.graphs.enabled``.
+        encoder_dtype: precision of the encoder that rendered views and their gradient go through; the support view and
+            previews are always encoded in float32.
+        frozen_unconditional: where unconditional samples see noise in place of the support view, draw it once an object
+            instead of at every call, which then has an eighth less to do. It is another unconditional prediction.
 
-    The network runs in the model's precision (`NVSModel.to`). Everything around it is in float32: the autoencoder and
-    the gradient through it, the schedule, the two predictions' difference, and the gradient of score distillation,
-    which is itself the difference of two nearly equal noises.
+    The network runs in the model's precision (`NVSModel.to`). Everything around it is in float32: the latents, the
+    schedule, the two predictions' difference, and the gradient of score distillation, which is itself the difference of
+    two nearly equal noises.
     """
 
     def __init__(
@@ -51,6 +57,9 @@ class ScoreDistillation:
         num_query: int | None = None,
         max_norm: float | None = None,
         memory: MemoryPlan | None = None,
+        graphs: bool = False,
+        encoder_dtype: torch.dtype = torch.float32,
+        frozen_unconditional: bool = False,
     ) -> None:
         self.model = model
         self.guidance_scale = guidance_scale
@@ -58,13 +67,22 @@ class ScoreDistillation:
         self.max_norm = max_norm
         self.memory = memory or MemoryPlan()
         model.pixels_per_call = self.memory.pixels_per_call
+        self.frozen_unconditional = frozen_unconditional
         self.conditions: SupportConditions | None = None
+        graphs = graphs and self.memory.graphs
+        model.graphs.enabled = graphs
+        self.encoder: FrozenEncoder | None = None
+        half = encoder_dtype != torch.float32
+        if half or (graphs and model.device.type == "cuda"):
+            pixels = self.memory.half_pixels_per_call if half else self.memory.pixels_per_call
+            self.encoder = FrozenEncoder(model.vae, encoder_dtype, pixels, graphs)
+        self._finite = _DelayedCheck()
 
     def prepare(self, image: Float[Tensor, "1 3 H W"], pose: Poses, generator: torch.Generator) -> None:
         """Encode the support image in [-1, 1]; once per object."""
         encoder = self.model.image_encoder
         encoder.to(self.model.device)
-        self.conditions = prepare(self.model, image, pose, generator)
+        self.conditions = prepare(self.model, image, pose, generator, frozen_unconditional=self.frozen_unconditional)
         if self.memory.offload_image_encoder and self.model.device.type == "cuda":
             encoder.to("cpu")
             torch.cuda.empty_cache()
@@ -86,14 +104,14 @@ class ScoreDistillation:
         """
         self._check_count(len(images))
         schedule = self.model.schedule
-        latents = self.model.encode(self.model.resize(images), generator).unflatten(0, (-1, self.num_query))
+        latents = self._encode(self.model.resize(images), generator).unflatten(0, (-1, self.num_query))
         low, high = (int(schedule.num_train_timesteps * share) for share in step_range)
         high = min(max(high, low), schedule.num_train_timesteps - 1)
         timesteps = diffusion.draw_timesteps(len(latents), min(low, high), high, generator)
         noise = torch.randn(latents.shape, generator=generator, device=latents.device)
         with torch.no_grad():
             noisy = schedule.add_noise(latents, noise, timesteps)
-            grouped = poses[torch.arange(len(poses)).view(-1, self.num_query)]
+            grouped = poses.groups(self.num_query)
             prediction = guided_prediction(
                 self.model, self._prepared(), noisy, timesteps, grouped, self.guidance_scale, generator,
                 self.memory.groups_per_call,
@@ -123,6 +141,11 @@ class ScoreDistillation:
             self.memory.groups_per_call,
         )
 
+    def _encode(self, images: Float[Tensor, "N 3 H W"], generator: torch.Generator) -> Float[Tensor, "N C h w"]:
+        if self.encoder is None:
+            return self.model.encode(images, generator)
+        return self.model.draw_latents(self.encoder(images), generator)
+
     def _prepared(self) -> SupportConditions:
         if self.conditions is None:
             raise RuntimeError("call prepare() with the support image before judging views")
@@ -136,9 +159,32 @@ class ScoreDistillation:
             )
 
     def _check_range(self, prediction: Float[Tensor, "G n C h w"]) -> None:
-        # float32 and bfloat16 have room for every activation; waiting for the device would only cost time there.
-        if self.model.dtype == torch.float16 and not bool(prediction.isfinite().all()):
+        # float32 and bfloat16 have room for every activation.
+        if self.model.dtype == torch.float16 and not self._finite(prediction):
             raise InputError(
                 "system.guidance.precision: the network's prediction is not finite in float16, whose values end at "
                 "65504; use bfloat16 or float32"
             )
+
+
+class _DelayedCheck:
+    """Whether tensors are finite. On a GPU the answer is that of an earlier call, so that nobody waits for it."""
+
+    def __init__(self) -> None:
+        self.answer: Tensor | None = None
+        self.arrived: torch.cuda.Event | None = None
+
+    def __call__(self, values: Tensor) -> bool:
+        finite = values.isfinite().all()
+        if values.device.type != "cuda":
+            return bool(finite)
+        known = True
+        if self.answer is None or self.arrived is None:
+            self.answer, self.arrived = torch.ones((), dtype=torch.bool, pin_memory=True), torch.cuda.Event()
+        elif not self.arrived.query():
+            return True  # on its way; it is looked at by a later call
+        else:
+            known = bool(self.answer)
+        self.answer.copy_(finite, non_blocking=True)
+        self.arrived.record()
+        return known

@@ -18,16 +18,20 @@ class MemoryPlan:
     pixels_per_call: int | None = None
     """Image pixels that go through the autoencoder at a time. When a batch has more and a gradient is wanted, the
     activations of a part are made again for its backward pass instead of being kept."""
+    half_pixels_per_call: int | None = None
+    """The same for the encoder in half precision."""
     groups_per_call: int | None = None
     """Groups of views that the network denoises at a time."""
     offload_image_encoder: bool = False
     """Keep the image encoder in host memory except while a support view is prepared."""
+    graphs: bool = True
+    """CUDA graphs may be made, which keep the activations of their calls."""
 
 
 PLANS = {
-    # Released sizes on one GPU: four images of 256 pixels with their gradient are 3 GB of activations.
-    "normal": MemoryPlan(pixels_per_call=4 * 256**2, groups_per_call=8, offload_image_encoder=True),
-    "low": MemoryPlan(pixels_per_call=256**2, groups_per_call=1, offload_image_encoder=True),
+    # Released sizes on one GPU: four images of 256 pixels with their gradient are 3 GB of activations in float32.
+    "normal": MemoryPlan(4 * 256**2, 16 * 256**2, groups_per_call=8, offload_image_encoder=True),
+    "low": MemoryPlan(256**2, 256**2, groups_per_call=1, offload_image_encoder=True, graphs=False),
 }
 
 

@@ -23,6 +23,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from nvsadapter_guidance.adapter import NVSAdapter, NVSAdapterConfig
 from nvsadapter_guidance.cameras import camera_convention, look_at
+from nvsadapter_guidance.cuda_graphs import GraphCache
 from nvsadapter_guidance.encoders import PromptEncoder, clip_images
 from nvsadapter_guidance.errors import InputError
 from nvsadapter_guidance.model_config import NVSModelConfig, building, read_config
@@ -60,6 +61,8 @@ class NVSModel(nn.Module):
         self.convention = camera_convention(self.network.adapter.config.camera_convention)
         self.pixels_per_call: int | None = None
         """Image pixels that the autoencoder takes at a time, see `memory.MemoryPlan`; None for all of a batch."""
+        self.graphs = GraphCache()
+        """CUDA graphs of predictions; off unless the user of the model switches them on."""
 
     @classmethod
     def blank(cls, config: NVSModelConfig) -> "NVSModel":
@@ -110,6 +113,12 @@ class NVSModel(nn.Module):
             self.text_context.data = self.text_context.data.to(dtype)
         if device is not None:
             super().to(device, non_blocking=non_blocking)
+        if self.device.type == "cuda" and self.dtype.itemsize == 2:
+            # The layout in which tensor cores take the inputs of convolutions.
+            convolutions = (module for module in self.network.unet.modules() if isinstance(module, nn.Conv2d))
+            for layer in convolutions:
+                layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
+            self.graphs.search = True
         return self
 
     def resize(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 3 size size"]:
@@ -133,7 +142,13 @@ class NVSModel(nn.Module):
             moments = [checkpoint(self._moments, p, use_reentrant=False, preserve_rng_state=False) for p in parts]
         else:
             moments = [self._moments(part) for part in parts]
-        posterior = DiagonalGaussianDistribution(torch.cat(moments))
+        return self.draw_latents(torch.cat(moments), generator)
+
+    def draw_latents(
+        self, moments: Float[Tensor, "B 2C h w"], generator: torch.Generator | None = None
+    ) -> Float[Tensor, "B C h w"]:
+        """Latents with the mean and the logarithmic variance that the encoder found; the mean without a generator."""
+        posterior = DiagonalGaussianDistribution(moments)
         latents = posterior.mean
         if generator is not None:
             noise = torch.randn(latents.shape, generator=generator, device=latents.device, dtype=latents.dtype)

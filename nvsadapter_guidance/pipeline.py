@@ -1,6 +1,6 @@
 """What one image tells about its object: conditions computed once, and predictions of its views made with them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,7 +8,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nvsadapter_guidance import diffusion
+from nvsadapter_guidance.cameras import look_at
 from nvsadapter_guidance.errors import InputError
+from nvsadapter_guidance.folded import Constants, can_fold, denoise_folded, fold
 from nvsadapter_guidance.model import NVSModel
 from nvsadapter_guidance.support_cache import SupportCache
 
@@ -26,6 +28,10 @@ class Poses:
 
     def __len__(self) -> int:
         return len(self.azimuth)
+
+    def groups(self, size: int) -> "Poses":
+        """Consecutive ``size`` cameras side by side, ``(groups, size)``."""
+        return Poses(*(angle.unflatten(0, (-1, size)) for angle in (self.azimuth, self.elevation, self.distance)))
 
 
 def view_poses(
@@ -70,13 +76,23 @@ class SupportConditions:
     """Keys and values of the support stream; None where the view attention mode forbids caching."""
     unconditional: SupportCache | None = None
     """The same for the unconditional branch; None where that branch sees fresh noise at every call."""
+    folded: Constants | None = None
+    """Everything that transformer blocks know of the object, see `folded`; None where they cannot be folded."""
 
 
 @torch.no_grad()
 def prepare(
-    model: NVSModel, image: Float[Tensor, "1 3 H W"], pose: Poses, generator: torch.Generator, prompt: str = ""
+    model: NVSModel,
+    image: Float[Tensor, "1 3 H W"],
+    pose: Poses,
+    generator: torch.Generator,
+    prompt: str = "",
+    frozen_unconditional: bool = False,
 ) -> SupportConditions:
     """Encode a support image in [-1, 1] seen from ``pose``.
+
+    Args:
+        frozen_unconditional: draw what unconditional samples see here, once, where the model wants noise.
 
     Raises:
         InputError: the prompt cannot be encoded.
@@ -86,8 +102,14 @@ def prepare(
     conditions = SupportConditions(pose, latents, model.semantic_tokens(image), model.text_tokens(prompt))
     if model.network.adapter.config.support_is_independent:
         conditions.conditional = _encode_support(model, conditions)
-        if model.config.unconditional_support == "zeros":
-            conditions.unconditional = _encode_support(model, conditions, torch.zeros_like(latents))
+        if model.config.unconditional_support == "zeros" or frozen_unconditional:
+            instead = model.unconditional_support_latents(latents, generator)
+            conditions.unconditional = _encode_support(model, conditions, instead)
+        if can_fold(model.network):
+            conditions.folded = fold(
+                model.network, conditions.text_context, conditions.image_context, conditions.conditional,
+                conditions.unconditional,
+            )  # fmt: skip
     return conditions
 
 
@@ -148,12 +170,59 @@ def guided_prediction(
     noise = latents if guidance_scale == 1.0 else model.unconditional_support_latents(latents, generator)
     step = groups_per_call or len(noisy)
     parts = [slice(first, first + step) for first in range(0, len(noisy), step)]
-    return torch.cat(
-        [
-            _guided_call(model, conditions, noisy[part], timesteps[part], poses[part], guidance_scale, noise[part])
-            for part in parts
-        ]
+    folded = conditions.conditional is not None and conditions.folded is not None
+    call = _folded_call if folded and not torch.is_grad_enabled() else _guided_call
+    predictions = [
+        call(model, conditions, noisy[part], timesteps[part], poses[part], guidance_scale, noise[part])
+        for part in parts
+    ]
+    return predictions[0] if len(predictions) == 1 else torch.cat(predictions)
+
+
+def _folded_call(
+    model: NVSModel,
+    conditions: SupportConditions,
+    noisy: Float[Tensor, "G n C h w"],
+    timesteps: Int[Tensor, " G"],
+    poses: Poses,
+    guidance_scale: float,
+    unconditional_latents: Float[Tensor, "G 1 C h w"],
+) -> Float[Tensor, "G n C h w"]:
+    """`_guided_call` with constant conditions, as a CUDA graph where `NVSModel.graphs` allows it."""
+    fresh = guidance_scale != 1.0 and conditions.unconditional is None
+    varying = {"noisy": noisy, "timesteps": timesteps, **_named("query", poses)}
+    if fresh:
+        varying["fresh_support"] = unconditional_latents
+    constant = {**(conditions.folded or {}), **_named("support", conditions.pose)}
+
+    def predict(inputs: Mapping[str, Tensor]) -> Tensor:
+        support, query = (Poses(*(inputs[f"{of}.{name}"] for name in _ANGLES)) for of in ("support", "query"))
+        prediction = denoise_folded(
+            model.network, inputs["noisy"], inputs["timesteps"], query_rays(model, support, query), inputs,
+            guidance_scale != 1.0, inputs.get("fresh_support"),
+        )  # fmt: skip
+        # Guidance at scale 1 is the conditional prediction alone.
+        return prediction[0] if len(prediction) == 1 else diffusion.guide(prediction[0], prediction[1], guidance_scale)
+
+    key = (guidance_scale, model.config.image_size, model.convention)
+    return model.graphs(key, predict, varying, constant, (model.network.unet, model.network.adapter))
+
+
+def query_rays(model: NVSModel, support: Poses, query: Poses) -> Float[Tensor, "G n R h w"]:
+    """Embedding of the rays of query views ``(G, n)`` relative to one support view, a batch of one."""
+    front, views = (
+        look_at(poses.azimuth, poses.elevation, poses.distance, model.convention) for poses in (support, query)
     )
+    size = model.config.image_size
+    embedding = model.network.adapter.config.rays
+    return embedding(views, model.config.fov_deg, (size, size), model.latent_stride, model.convention, front)
+
+
+_ANGLES = ("azimuth", "elevation", "distance")
+
+
+def _named(name: str, poses: Poses) -> dict[str, Tensor]:
+    return {f"{name}.{angle}": getattr(poses, angle) for angle in _ANGLES}
 
 
 def _guided_call(

@@ -13,17 +13,19 @@ from torch import Tensor
 from nvsadapter_guidance.errors import InputError
 from nvsadapter_guidance.model import NVSModel
 from nvsadapter_guidance.pipeline import Poses, SupportConditions, guided_prediction
-from nvsadapter_guidance.schedulers import build_scheduler
+from nvsadapter_guidance.schedulers import EulerScheduler, build_scheduler
 
 
-def view_groups(count: int, size: int, step: int = 0, rotating: bool = False) -> Int[Tensor, "groups size"]:
+def view_groups(
+    count: int, size: int, step: int = 0, rotating: bool = False, device: torch.device | None = None
+) -> Int[Tensor, "groups size"]:
     """Divide ``count`` views (a multiple of ``size``) into groups: neighbours, or groups that differ from step to step.
 
     When ``rotating``, neighbours, neighbours shifted by half a group, and views spread over the whole orbit take turns,
     so that over a few steps every view is denoised together with all others: overlapping groups without denoising a
     view twice.
     """
-    views = torch.arange(count)
+    views = torch.arange(count, device=device)
     if not rotating:
         return views.view(count // size, size)
     if step % 3 == 2:
@@ -87,27 +89,32 @@ def sample_latents(
     if wanted == 0 or (noise is not None and len(noise) != wanted):
         given = "" if noise is None else f" and noise for {len(noise)}"
         raise InputError(f"sampling needs at least one view and as much noise, got {wanted} views{given}")
-    order = torch.arange(-(-wanted // size) * size) % wanted
-    poses, device = poses[order], conditions.latents.device
+    device = conditions.latents.device
+    order = torch.arange(-(-wanted // size) * size, device=device) % wanted
+    poses = poses[order]
     shape = (len(order), *conditions.latents.shape[2:])
     latents = (
-        randn_tensor(shape, generator, device, torch.float32) if noise is None else noise[order].to(device).float()
+        randn_tensor(shape, generator, device, torch.float32) if noise is None else noise.to(device)[order].float()
     )
     scheduler = build_scheduler("euler", model.schedule) if scheduler is None else scheduler
     scheduler.set_timesteps(options.num_inference_steps, device=device)
     latents = latents * scheduler.init_noise_sigma
     accepted = inspect.signature(scheduler.step).parameters
     extra = {"generator": generator} if "generator" in accepted else {}
-    for index, timestep in enumerate(scheduler.timesteps):
+    # diffusers' schedulers want their own tensors; ours takes a number, which needs no waiting for the device.
+    numbers = scheduler.timesteps.tolist()
+    steps = numbers if isinstance(scheduler, EulerScheduler) else scheduler.timesteps
+    for index, timestep in enumerate(steps):
         noisy = scheduler.scale_model_input(latents, timestep)
         prediction = torch.empty_like(latents)
-        for chunk in view_groups(len(order), size, index, options.rotating_groups).split(options.groups_per_call):
-            t = timestep.to(device).expand(len(chunk))
+        groups = view_groups(len(order), size, index, options.rotating_groups, device)
+        for chunk in groups.split(options.groups_per_call):
+            t = torch.full((len(chunk),), numbers[index], device=device)
             prediction[chunk] = guided_prediction(
                 model, conditions, noisy[chunk], t, poses[chunk], options.guidance_scale, generator
             )
         latents = scheduler.step(prediction, timestep, latents, return_dict=False, **extra)[0]
-        changed = None if on_step is None else on_step(index, int(timestep), latents[:wanted])
+        changed = None if on_step is None else on_step(index, numbers[index], latents[:wanted])
         if changed is not None:
             latents = changed[order]
     return latents[:wanted]

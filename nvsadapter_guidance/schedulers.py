@@ -64,6 +64,7 @@ class EulerScheduler(SchedulerMixin, ConfigMixin):
         else:
             self.alphas_cumprod = torch.cumprod(1.0 - torch.tensor(trained_betas, dtype=torch.float64), dim=0)
         self.timesteps: Int[Tensor, " steps"] = torch.arange(num_train_timesteps - 1, -1, -1)
+        self._steps, self._table = self.timesteps.tolist(), self.alphas_cumprod
 
     def set_timesteps(self, num_inference_steps: int, device: Union[str, torch.device, None] = None) -> None:
         """Choose the timesteps of the next sample.
@@ -71,7 +72,10 @@ class EulerScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             InputError: the number is not between 1 and the number of training steps.
         """
-        self.timesteps = diffusion.sampling_timesteps(num_inference_steps, len(self.alphas_cumprod)).to(device)
+        timesteps = diffusion.sampling_timesteps(num_inference_steps, len(self.alphas_cumprod))
+        # Numbers on the host and the table on the device: no step waits for the one before it.
+        self._steps, self._table = timesteps.tolist(), self.alphas_cumprod.to(device)
+        self.timesteps = timesteps.to(device)
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The latents as they are: they already have the scale that networks see."""
@@ -85,11 +89,11 @@ class EulerScheduler(SchedulerMixin, ConfigMixin):
         return_dict: bool = True,
     ) -> Union[EulerSchedulerOutput, tuple[Tensor, Tensor]]:
         """From ``timestep`` to the next one; from the last one to the clean latents."""
-        now = torch.full((len(sample),), int(timestep), device=sample.device)
-        table, prediction_type = self.alphas_cumprod, self.config.prediction_type
-        clean, noise = diffusion.split_prediction(model_output, sample, now, table, prediction_type)
-        lower = self.timesteps[self.timesteps < int(timestep)]
-        following = clean if len(lower) == 0 else diffusion.add_noise(clean, noise, lower[:1].expand_as(now), table)
+        step, table = int(timestep), self._table
+        now = torch.full((len(sample),), step, device=sample.device)
+        clean, noise = diffusion.split_prediction(model_output, sample, now, table, self.config.prediction_type)
+        lower = next((later for later in self._steps if later < step), None)
+        following = clean if lower is None else diffusion.add_noise(clean, noise, torch.full_like(now, lower), table)
         return EulerSchedulerOutput(following, clean) if return_dict else (following, clean)
 
 

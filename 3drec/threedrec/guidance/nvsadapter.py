@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nvsadapter_guidance.guidance import ScoreDistillation
 from nvsadapter_guidance.memory import memory_plan
+from nvsadapter_guidance.model import NVSModel
 from nvsadapter_guidance.pipeline import Poses
 from nvsadapter_guidance.sampling import sample
 from nvsadapter_guidance.weight_files import locate
@@ -60,6 +61,14 @@ class NVSAdapterGuidanceConfig:
     memory: Literal["auto", "normal", "low"] = "auto"
     """How much is judged at a time: ``low`` takes less GPU memory and longer for the same result; ``auto`` is ``low``
     on GPUs of less than 14 GB (`docs/memory.md`)."""
+    encoder_precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the encoder that rendered views go through; ``auto`` is bfloat16 where the network runs in half precision on a
+    GPU, otherwise float32."""
+    unconditional: Literal["fresh", "frozen"] = "fresh"
+    """What unconditional samples of released weights see in place of the support view: noise drawn at every call, as
+    released, or noise drawn once an object, for an eighth less work."""
+    graph: Literal["auto", "off"] = "auto"
+    """CUDA graphs: ``auto`` makes them on a GPU unless ``memory`` is low, ``off`` makes none."""
     warm_start: WarmStartConfig = field(default_factory=lambda: WarmStartConfig(enabled=False))
     """Sample views and fit the field to them first."""
 
@@ -87,7 +96,15 @@ class NVSAdapterGuidance:
         )
         self.description = f"{self.model.config.name} ({choice.reason.split(';')[0]})"
         plan = memory_plan(config.memory, device)
-        self.distillation = ScoreDistillation(self.model, config.guidance_scale, config.num_query, memory=plan)
+        self.distillation = ScoreDistillation(
+            self.model,
+            config.guidance_scale,
+            config.num_query,
+            memory=plan,
+            graphs=config.graph == "auto",
+            encoder_dtype=encoder_dtype(config.encoder_precision, self.model),
+            frozen_unconditional=config.unconditional == "frozen",
+        )
 
     @staticmethod
     def model_family(pretrained: str) -> str:
@@ -149,6 +166,14 @@ def guidance_dtype(precision: str, family: str, device: torch.device) -> torch.d
     if precision == "auto":
         return torch.float16 if family == "released" and device.type == "cuda" else torch.float32
     return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
+
+
+def encoder_dtype(precision: str, model: NVSModel) -> torch.dtype:
+    """What ``system.guidance.encoder_precision`` means for a model, where it is and in its precision."""
+    if precision == "auto":
+        half = model.device.type == "cuda" and model.dtype != torch.float32
+        return torch.bfloat16 if half else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
 
 
 def _poses(cameras: Cameras, device: torch.device) -> Poses:

@@ -1,0 +1,197 @@
+"""CUDA graphs of functions of tensors: a call costs one launch instead of a thousand.
+
+A graph replays fixed work on fixed addresses. Inputs are therefore copied into buffers of the graph, and results are
+copied out of it; weights are read where they lay at capture, and a graph whose weights have moved is thrown away.
+"""
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+log = logging.getLogger(__name__)
+
+LIMIT = 8
+"""Graphs kept by one cache; the least recently used one goes first."""
+WARM_UPS = 2
+"""Runs on a side stream before capture, in which libraries choose and load their kernels."""
+
+Modules = tuple[nn.Module, ...]
+TensorFunction = Callable[[Mapping[str, Tensor]], Tensor]
+
+
+def graphs_possible(modules: Modules, device: torch.device) -> bool:
+    """Whether calls on ``modules`` can be captured: they lie on a GPU and no hook moves their weights around."""
+    if device.type != "cuda" or torch.is_autocast_enabled(device.type) or torch.cuda.is_current_stream_capturing():
+        return False
+    return not is_offloaded(modules)
+
+
+def is_offloaded(modules: Iterable[nn.Module]) -> bool:
+    """Whether accelerate moves the weights to and fro."""
+    return any(hasattr(module, "_hf_hook") for module in modules)
+
+
+@contextmanager
+def convolution_search(wanted: bool) -> Iterator[None]:
+    """Let cuDNN time its algorithms for every new shape, unless deterministic ones are asked for.
+
+    It keeps what the first call of a shape has chosen, timed or guessed.
+    """
+    usual = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = usual or (wanted and not torch.are_deterministic_algorithms_enabled())
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = usual
+
+
+def capture(function: Callable[[], Any], pool: Any, warm_ups: int = WARM_UPS) -> tuple[torch.cuda.CUDAGraph, Any]:
+    """Run ``function`` a few times on a side stream, then capture it; the graph and what the function returned."""
+    stream, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    side.wait_stream(stream)
+    with torch.cuda.stream(side):
+        for _ in range(warm_ups):
+            function()
+    stream.wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        # Other threads may go on using the device.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            result = function()
+    finally:
+        torch.cuda.set_stream(stream)  # a capture that fails leaves its own stream current
+    return graph, result
+
+
+class WeightsAt:
+    """Where the weights of modules lie."""
+
+    def __init__(self, modules: Modules) -> None:
+        self.modules = modules
+        self.tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+        self.places = [tensor.data_ptr() for tensor in self.tensors]
+
+    def unchanged(self, modules: Modules) -> bool:
+        """Whether these are the same modules with their weights at the same places."""
+        same = len(modules) == len(self.modules) and all(a is b for a, b in zip(modules, self.modules, strict=True))
+        return same and self.places == [tensor.data_ptr() for tensor in self.tensors]
+
+
+class GraphedCall:
+    """One captured function with its buffers; inputs of other shapes need another one."""
+
+    def __init__(self, function: TensorFunction, inputs: Mapping[str, Tensor], modules: Modules, pool: Any) -> None:
+        self.weights = WeightsAt(modules)
+        self.buffers = {name: torch.empty_like(value).copy_(value) for name, value in inputs.items()}
+        self._sources: dict[str, tuple[Tensor, int]] = {}
+        self._done = torch.cuda.Event()
+        self.graph, self.output = capture(lambda: function(self.buffers), pool)
+
+    def replay(self, varying: Mapping[str, Tensor], constant: Mapping[str, Tensor]) -> Tensor:
+        """The function of these inputs; constants are copied where they are other tensors, or changed, since last."""
+        stream = torch.cuda.current_stream()
+        stream.wait_event(self._done)
+        for name, value in varying.items():
+            self.buffers[name].copy_(value, non_blocking=True)
+        for name, value in constant.items():
+            version = -1 if value.is_inference() else value._version
+            known = self._sources.get(name)
+            if known is None or known[0] is not value or known[1] != version or version < 0:
+                self.buffers[name].copy_(value, non_blocking=True)
+                self._sources[name] = value, version
+        self.graph.replay()
+        result = self.output.clone()
+        self._done.record(stream)
+        return result
+
+
+class GraphCache:
+    """Graphs of the calls on a model, by the shapes of their inputs.
+
+    The first call of a shape runs as it is, the second one is captured, so that a shape that is used once costs
+    nothing. Where capture fails, the reason is logged once and calls run as they are from then on.
+    """
+
+    def __init__(self, enabled: bool = False) -> None:
+        self.enabled = enabled
+        self.search = False
+        """Whether calls are worth the time of a `convolution_search`."""
+        self._calls: OrderedDict[Any, GraphedCall] = OrderedDict()
+        self._seen: set[Any] = set()
+        self._pool: Any = None
+        self._failed = False
+        self._lock = threading.Lock()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "GraphCache":
+        return GraphCache(self.enabled)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return GraphCache, (self.enabled,)
+
+    def __len__(self) -> int:
+        return len(self._calls)
+
+    def clear(self) -> None:
+        """Give the memory of all graphs back."""
+        self._calls.clear()
+        self._seen.clear()
+        self._pool = None
+
+    def __call__(
+        self,
+        key: Any,
+        function: TensorFunction,
+        varying: Mapping[str, Tensor],
+        constant: Mapping[str, Tensor],
+        modules: Modules,
+    ) -> Tensor:
+        """``function({**varying, **constant})`` without gradients.
+
+        Args:
+            key: stands for everything that the function depends on besides its inputs and the weights.
+            varying: other values at every call.
+            constant: the same tensors from call to call; they are looked at, and copied when they are others.
+            modules: whose weights the function uses.
+        """
+        inputs = {**varying, **constant}
+        device = next(iter(inputs.values())).device
+        with torch.no_grad():
+            if not self.enabled or self._failed or not graphs_possible(modules, device):
+                return function(inputs)
+            with self._lock, torch.cuda.device(device), convolution_search(self.search):
+                call = self._find((key, _shapes(inputs.items())), function, inputs, modules)
+                return function(inputs) if call is None else call.replay(varying, constant)
+
+    def _find(
+        self, key: Any, function: TensorFunction, inputs: Mapping[str, Tensor], modules: Modules
+    ) -> GraphedCall | None:
+        if key in self._calls and not self._calls[key].weights.unchanged(modules):
+            self.clear()
+        if key not in self._seen:
+            self._seen.add(key)
+            return None
+        if key not in self._calls:
+            if any(is_offloaded(module.modules()) for module in modules):
+                return None
+            try:
+                self._pool = torch.cuda.graph_pool_handle() if self._pool is None else self._pool
+                self._calls[key] = GraphedCall(function, inputs, modules, self._pool)
+            except RuntimeError as error:
+                self._failed = True
+                self.clear()
+                log.warning("CUDA graphs are off, calls run as they are: %s", str(error).splitlines()[0])
+                return None
+            if len(self._calls) > LIMIT:
+                self._calls.popitem(last=False)
+        self._calls.move_to_end(key)
+        return self._calls[key]
+
+
+def _shapes(inputs: Iterable[tuple[str, Tensor]]) -> tuple[Any, ...]:
+    return tuple((name, value.shape, value.dtype, value.device) for name, value in inputs)

@@ -1,0 +1,24 @@
+"""Whether Triton's kernels can run."""
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+INTERPRET = "TRITON_INTERPRET"
+
+
+@functools.cache
+def _is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def is_interpreted() -> bool:
+    """Whether kernels run on the CPU, one number after another, to be tested there."""
+    return os.environ.get(INTERPRET) == "1"
+
+
+def has_triton(device: torch.device) -> bool:
+    """Whether kernels run on tensors of a device: Triton is there, and so is a GPU or its interpreter."""
+    return _is_installed() and (device.type == "cuda" or is_interpreted())

@@ -1,0 +1,193 @@
+"""CUDA graphs: replayed calls equal plain ones, whatever changes between calls."""
+
+import copy
+import logging
+from collections.abc import Mapping
+
+import pytest
+import torch
+from tiny_nvs import tiny_nvs_model
+from torch import Tensor, nn
+
+from nvsadapter_guidance.cuda_graphs import GraphCache
+from nvsadapter_guidance.frozen_encoder import FrozenEncoder
+from nvsadapter_guidance.guidance import ScoreDistillation
+from nvsadapter_guidance.memory import PLANS, MemoryPlan
+from nvsadapter_guidance.model import NVSModel
+from nvsadapter_guidance.pipeline import Poses
+from nvsadapter_guidance.sampling import SamplingOptions, sample_latents
+
+VIEWS = 8
+SHARES = (0.1, 0.9)
+
+
+def linear(inputs: Mapping[str, Tensor]) -> Tensor:
+    return inputs["x"] * inputs["scale"]
+
+
+def test_without_a_gpu_calls_run_as_they_are() -> None:
+    cache = GraphCache(enabled=True)
+    x, scale = torch.arange(3.0), torch.tensor(2.0)
+    for _ in range(3):
+        assert torch.equal(cache("key", linear, {"x": x}, {"scale": scale}, (nn.Identity(),)), 2 * x)
+    assert len(cache) == 0
+
+
+def test_copies_of_a_model_have_no_graphs_of_the_first() -> None:
+    cache = GraphCache(enabled=True)
+    twin = copy.deepcopy(cache)
+    assert twin is not cache and twin.enabled
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_the_low_memory_plan_makes_no_graphs(graphs: bool) -> None:
+    model = tiny_nvs_model()
+    ScoreDistillation(model, memory=PLANS["low"], graphs=graphs)
+    assert not model.graphs.enabled
+    ScoreDistillation(model, memory=PLANS["normal"], graphs=graphs)
+    assert model.graphs.enabled == graphs
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    """Relative; kernels may sum in another order, in TF32 or half precision, while a stale buffer is off by one."""
+    return float((found - expected).norm() / expected.norm())
+
+
+def model_on_gpu(unconditional: str = "noise", dtype: torch.dtype = torch.float32) -> NVSModel:
+    return tiny_nvs_model(unconditional_support=unconditional).to("cuda").to(dtype)
+
+
+def poses(seed: int) -> Poses:
+    azimuth = torch.rand(VIEWS, generator=torch.Generator().manual_seed(seed)).cuda() * 360
+    return Poses(azimuth, azimuth * 0.1, torch.full_like(azimuth, 1.5))
+
+
+def images(seed: int) -> Tensor:
+    return (torch.rand(VIEWS, 3, 32, 32, generator=torch.Generator().manual_seed(seed)) * 2 - 1).cuda()
+
+
+def steps(guidance: ScoreDistillation, count: int = 5) -> list[Tensor]:
+    """Gradients of several steps; images, cameras and noise levels change, and in the middle so does the object."""
+    found = []
+    for step in range(count):
+        if step in (0, 3):
+            front = Poses(*(torch.tensor([value], device="cuda") for value in (10.0 * step, 5.0, 1.5)))
+            guidance.prepare(images(90 + step)[:1], front, torch.Generator("cuda").manual_seed(step))
+        views = images(step).requires_grad_()
+        result = guidance(views, poses(step), SHARES, torch.Generator("cuda").manual_seed(step))
+        found += [result.gradient, *torch.autograd.grad(result.loss, views)]
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("unconditional", ["zeros", "noise"])
+def test_score_distillation_is_the_same_with_graphs(unconditional: str, dtype: torch.dtype) -> None:
+    found = {}
+    for graphs in (False, True):
+        model = model_on_gpu(unconditional, dtype)
+        guidance = ScoreDistillation(model, num_query=4, graphs=graphs, encoder_dtype=dtype)
+        found[graphs] = steps(guidance)
+        assert len(model.graphs) == graphs
+        assert not graphs or (guidance.encoder is not None and len(guidance.encoder._captured) == 1)
+    for plain, graphed in zip(found[False], found[True], strict=True):
+        assert difference(graphed, plain) < (1e-2 if dtype is torch.float32 else 5e-2)
+
+
+@pytest.mark.gpu
+def test_weights_that_change_in_place_are_seen_and_weights_that_move_are_captured_again() -> None:
+    layer = nn.Linear(4, 4).cuda()
+    cache, x = GraphCache(enabled=True), torch.randn(2, 4, device="cuda")
+
+    def call() -> Tensor:
+        return cache("key", lambda inputs: layer(inputs["x"]), {"x": x}, {}, (layer,))
+
+    for step in range(6):
+        layer.weight.data.mul_(1.5)
+        if step == 3:
+            layer.cpu().cuda()
+        with torch.no_grad():
+            torch.testing.assert_close(call(), layer(x))
+    layer.weight.data = torch.randn(4, 4, device="cuda")
+    for _ in range(3):
+        with torch.no_grad():
+            torch.testing.assert_close(call(), layer(x))
+    assert len(cache) == 1
+
+
+@pytest.mark.gpu
+def test_constants_are_copied_when_they_are_others_or_changed() -> None:
+    cache, scale = GraphCache(enabled=True), torch.tensor(2.0, device="cuda")
+    x = torch.arange(3.0, device="cuda")
+    results = [cache("key", linear, {"x": x + i}, {"scale": scale}, ()) for i in range(3)]
+    assert torch.equal(torch.stack(results), torch.stack([2 * (x + i) for i in range(3)]))
+    scale.fill_(3.0)
+    assert torch.equal(cache("key", linear, {"x": x}, {"scale": scale}, ()), 3 * x)
+    assert torch.equal(cache("key", linear, {"x": x}, {"scale": scale + 1}, ()), 4 * x)
+    assert torch.equal(results[0], 2 * x), "a result is not written over by later calls"
+
+
+@pytest.mark.gpu
+def test_what_cannot_be_captured_runs_as_it_is_and_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    cache, x = GraphCache(enabled=True), torch.arange(1.0, 4.0, device="cuda")
+
+    def refuses(inputs: Mapping[str, Tensor]) -> Tensor:
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return 6 * inputs["x"]
+
+    with caplog.at_level(logging.WARNING):
+        for _ in range(4):
+            assert torch.equal(cache("key", refuses, {"x": x}, {}, ()), 6 * x)
+    assert len(cache) == 0 and len([r for r in caplog.records if "CUDA graphs are off" in r.message]) == 1
+
+
+@pytest.mark.gpu
+def test_the_encoder_keeps_apart_what_several_passes_need() -> None:
+    model = model_on_gpu()
+    plain, graphed = (FrozenEncoder(model.vae, torch.float32, graphs=graphs) for graphs in (False, True))
+    first, second = images(0).requires_grad_(), images(1).requires_grad_()
+    for _ in range(3):
+        graphed(first)
+    results = {}
+    for encoder in (plain, graphed):
+        a, b = encoder(first), encoder(second)  # the second pass takes the buffers of the first
+        gradients = [torch.autograd.grad(a.square().sum(), first, retain_graph=True)[0] for _ in range(2)]
+        gradients.append(torch.autograd.grad(b.square().sum(), second)[0])
+        results[encoder] = [a, b, *gradients]
+    assert len(graphed._captured) == 1
+    for expected, found in zip(results[plain], results[graphed], strict=True):
+        assert difference(found, expected) < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rotating", [True, False])
+def test_sampling_is_the_same_with_graphs(rotating: bool) -> None:
+    found = {}
+    for graphs in (False, True):
+        model = model_on_gpu()
+        guidance = ScoreDistillation(model, graphs=graphs)
+        front = Poses(*(torch.tensor([value], device="cuda") for value in (0.0, 0.0, 1.5)))
+        guidance.prepare(images(0)[:1], front, torch.Generator("cuda").manual_seed(0))
+        assert guidance.conditions is not None
+        options = SamplingOptions(6, 3.0, rotating_groups=rotating, groups_per_call=1)
+        generator = torch.Generator("cuda").manual_seed(1)
+        found[graphs] = sample_latents(model, guidance.conditions, poses(0), generator, options)
+        assert len(model.graphs) == graphs
+    assert difference(found[True], found[False]) < 1e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_step_never_waits_for_the_device(graphs: bool, dtype: torch.dtype) -> None:
+    model = model_on_gpu(dtype=dtype)
+    guidance = ScoreDistillation(model, memory=MemoryPlan(), graphs=graphs, encoder_dtype=torch.bfloat16)
+    steps(guidance, 3)
+    views, cameras, generator = images(0).requires_grad_(), poses(0), torch.Generator("cuda").manual_seed(0)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result = guidance(views, cameras, SHARES, generator)
+        torch.autograd.grad(result.loss, views)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,80 @@
+"""The fused group normalisation against torch's, in value and gradient.
+
+On a GPU these are the compiled kernels; ``test_group_norm_interpreted`` runs this file on the CPU by Triton's
+interpreter.
+"""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nvsadapter_guidance.group_norm import fused_group_norm_silu, group_norm_silu, plain_group_norm_silu
+from nvsadapter_guidance.triton_support import is_interpreted
+
+DEVICE = "cpu" if is_interpreted() else "cuda"
+needs_kernels = pytest.mark.skipif(False, reason="") if is_interpreted() else pytest.mark.gpu
+SHAPES = [(2, 32, 8, 8, 8), (1, 60, 5, 7, 6), (1, 40, 24, 48, 2), (2, 320, 8, 8, 32), (1, 8, 72, 64, 4)]
+"""Samples, channels, height, width, groups: the last has larger tiles, the third more tiles than one program unites at
+a time, others have channels or rows left over."""
+
+
+def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, nn.GroupNorm, Tensor, Tensor]:
+    samples, channels, height, width, groups = shape
+    draw = torch.Generator().manual_seed(channels)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=draw)
+
+    norm = nn.GroupNorm(groups, channels, eps=1e-6)
+    norm.weight.data, norm.bias.data = 1.0 + 0.3 * normal(channels), normal(channels)
+    x = 3.0 * normal(samples, channels, height, width) + 5.0
+    place = {"device": DEVICE, "dtype": dtype}
+    x, upstream = (t.to(**place, memory_format=torch.channels_last) for t in (x, normal(*x.shape)))
+    return x, norm.to(**place).requires_grad_(False), normal(samples, channels).to(**place), upstream
+
+
+@needs_kernels
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("offsets", [0, 1, 2])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_and_gradients_are_those_of_torch(shape: tuple[int, ...], offsets: int, silu: bool) -> None:
+    x, norm, offset, upstream = inputs(shape, torch.float32)
+    given = offset[:offsets] if offsets else None
+    leaf = x.double().requires_grad_()
+    exact = plain_group_norm_silu(leaf, norm.double(), None if given is None else given.double(), silu)
+    (exact_gradient,) = torch.autograd.grad(exact, leaf, upstream.double())
+    norm.float()
+    found = fused_group_norm_silu(x.requires_grad_(), norm, given, silu)
+    (gradient,) = torch.autograd.grad(found, x, upstream)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found, exact.float(), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(gradient, exact_gradient.float(), atol=2e-5, rtol=1e-5)
+
+
+@needs_kernels
+def test_a_large_mean_costs_no_digits() -> None:
+    x, norm, _, _ = inputs(SHAPES[0], torch.float32)
+    moved = (x.double() + 1000.0).float()
+    exact = plain_group_norm_silu(moved.double(), norm.double())
+    torch.testing.assert_close(fused_group_norm_silu(moved, norm.float()), exact.float(), atol=1e-3, rtol=1e-3)
+
+
+@needs_kernels
+def test_half_precision_rounds_no_more_than_torch() -> None:
+    x, norm, offset, upstream = inputs(SHAPES[3], torch.bfloat16)
+    leaf = x.double().requires_grad_()
+    exact = plain_group_norm_silu(leaf, norm.double(), offset.double())
+    (exact_gradient,) = torch.autograd.grad(exact, leaf, upstream.double())
+    norm.bfloat16()
+    found = fused_group_norm_silu(x.requires_grad_(), norm, offset)
+    (gradient,) = torch.autograd.grad(found, x, upstream)
+    for got, want in ((found, exact), (gradient, exact_gradient)):
+        assert float((got.double() - want).norm() / want.norm()) < 4e-3
+
+
+def test_other_layouts_and_trained_norms_take_torch_s_operations() -> None:
+    norm = nn.GroupNorm(2, 4)
+    x = torch.randn(1, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    found = group_norm_silu(x, norm)
+    torch.testing.assert_close(found, nn.functional.silu(norm(x)))
+    assert torch.autograd.grad(found.sum(), norm.weight)[0].abs().max() > 0.0
