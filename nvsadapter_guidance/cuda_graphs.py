@@ -21,6 +21,9 @@ LIMIT = 8
 WARM_UPS = 2
 """Runs on a side stream before capture, in which libraries choose and load their kernels."""
 
+SWITCHES = ("processor", "s1", "s2", "b1", "b2")
+"""Attributes of diffusers' modules that change what they compute: attention processors and FreeU."""
+
 Modules = tuple[nn.Module, ...]
 TensorFunction = Callable[[Mapping[str, Tensor]], Tensor]
 
@@ -35,6 +38,11 @@ def graphs_possible(modules: Modules, device: torch.device) -> bool:
 def is_offloaded(modules: Iterable[nn.Module]) -> bool:
     """Whether accelerate moves the weights to and fro."""
     return any(hasattr(module, "_hf_hook") for module in modules)
+
+
+def has_adapters(modules: Iterable[nn.Module]) -> bool:
+    """Whether peft has added layers (LoRA), whose scales are plain numbers that a graph would go on using."""
+    return any(hasattr(module, "adapter_layer_names") for module in modules)
 
 
 @contextmanager
@@ -70,27 +78,43 @@ def capture(function: Callable[[], Any], pool: Any, warm_ups: int = WARM_UPS) ->
 
 
 class WeightsAt:
-    """Where the weights of modules lie."""
+    """What modules consist of, and where their weights lie."""
 
     def __init__(self, modules: Modules) -> None:
         self.modules = modules
-        self.tensors = [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
-        self.places = [tensor.data_ptr() for tensor in self.tensors]
+        self.parts = [part for module in modules for part in module.modules()]
+        self.state = self._state()
 
     def unchanged(self, modules: Modules) -> bool:
-        """Whether these are the same modules with their weights at the same places."""
+        """Whether these are the same modules, of the same parts, with their weights at the same places."""
         same = len(modules) == len(self.modules) and all(a is b for a, b in zip(modules, self.modules, strict=True))
-        return same and self.places == [tensor.data_ptr() for tensor in self.tensors]
+        return same and self.state == self._state()
+
+    def _state(self) -> list[Any]:
+        state: list[Any] = []
+        for part in self.parts:
+            state += part._modules.values()
+            state += (part.training, *map(part.__dict__.get, SWITCHES))
+            for tensors in (part._parameters, part._buffers):
+                state += [None if tensor is None else tensor.data_ptr() for tensor in tensors.values()]
+        return state
 
 
 class GraphedCall:
     """One captured function with its buffers; inputs of other shapes need another one."""
 
-    def __init__(self, function: TensorFunction, inputs: Mapping[str, Tensor], modules: Modules, pool: Any) -> None:
+    def __init__(
+        self,
+        function: TensorFunction,
+        inputs: Mapping[str, Tensor],
+        modules: Modules,
+        pool: Any,
+        done: torch.cuda.Event,
+    ) -> None:
         self.weights = WeightsAt(modules)
         self.buffers = {name: torch.empty_like(value).copy_(value) for name, value in inputs.items()}
         self._sources: dict[str, tuple[Tensor, int]] = {}
-        self._done = torch.cuda.Event()
+        self._done = done
         self.graph, self.output = capture(lambda: function(self.buffers), pool)
 
     def replay(self, varying: Mapping[str, Tensor], constant: Mapping[str, Tensor]) -> Tensor:
@@ -118,21 +142,23 @@ class GraphCache:
     nothing. Where capture fails, the reason is logged once and calls run as they are from then on.
     """
 
-    def __init__(self, enabled: bool = False) -> None:
+    def __init__(self, enabled: bool = False, search: bool = False) -> None:
         self.enabled = enabled
-        self.search = False
+        self.search = search
         """Whether calls are worth the time of a `convolution_search`."""
         self._calls: OrderedDict[Any, GraphedCall] = OrderedDict()
         self._seen: set[Any] = set()
         self._pool: Any = None
+        self._done: torch.cuda.Event | None = None
+        """End of the last replay: graphs share memory, so those of other streams wait for it."""
         self._failed = False
         self._lock = threading.Lock()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "GraphCache":
-        return GraphCache(self.enabled)
+        return GraphCache(self.enabled, self.search)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return GraphCache, (self.enabled,)
+        return GraphCache, (self.enabled, self.search)
 
     def __len__(self) -> int:
         return len(self._calls)
@@ -164,7 +190,14 @@ class GraphCache:
         with torch.no_grad():
             if not self.enabled or self._failed or not graphs_possible(modules, device):
                 return function(inputs)
-            with self._lock, torch.cuda.device(device), convolution_search(self.search):
+            # Buffers made in inference mode could not be written outside of it.
+            with (
+                self._lock,
+                torch.inference_mode(False),
+                torch.no_grad(),
+                torch.cuda.device(device),
+                convolution_search(self.search),
+            ):
                 call = self._find((key, _shapes(inputs.items())), function, inputs, modules)
                 return function(inputs) if call is None else call.replay(varying, constant)
 
@@ -177,11 +210,12 @@ class GraphCache:
             self._seen.add(key)
             return None
         if key not in self._calls:
-            if any(is_offloaded(module.modules()) for module in modules):
+            if any(is_offloaded(module.modules()) or has_adapters(module.modules()) for module in modules):
                 return None
             try:
                 self._pool = torch.cuda.graph_pool_handle() if self._pool is None else self._pool
-                self._calls[key] = GraphedCall(function, inputs, modules, self._pool)
+                self._done = self._done or torch.cuda.Event()
+                self._calls[key] = GraphedCall(function, inputs, modules, self._pool, self._done)
             except RuntimeError as error:
                 self._failed = True
                 self.clear()

@@ -8,7 +8,7 @@ from diffusers.models.activations import GEGLU
 from jaxtyping import Float
 from torch import Tensor
 
-from nvsadapter_guidance.triton_support import has_triton
+from nvsadapter_guidance.triton_support import current, has_triton
 
 BLOCK = 1024
 
@@ -33,5 +33,6 @@ def fused_gate(projected: Float[Tensor, "*rows twice"]) -> Float[Tensor, "*rows 
     projected = projected.contiguous()
     width = projected.shape[-1] // 2
     out = projected.new_empty(*projected.shape[:-1], width)
-    gated_kernel[(out.numel() // width, -(-width // BLOCK))](projected, out, width, BLOCK=BLOCK)
+    with current(projected.device):
+        gated_kernel[(out.numel() // width, -(-width // BLOCK))](projected, out, width, BLOCK=BLOCK)
     return out

@@ -124,8 +124,9 @@ def _positional(
 
 
 def _blocks(network: MultiViewUNet) -> dict[str, NVSTransformerBlock]:
-    modules = network.unet.named_modules()
-    return {path: module for path, module in modules if isinstance(module, NVSTransformerBlock)}
+    # By the adapter's paths, which wrappers such as a compiled UNet do not change.
+    found = (module for module in network.unet.modules() if isinstance(module, NVSTransformerBlock))
+    return {block.block_adapter.path: block for block in found}
 
 
 def _is_plain(block: NVSTransformerBlock) -> bool:

@@ -79,7 +79,7 @@ class FrozenEncoder(nn.Module):
 
     def _graphed(self, images: Tensor) -> Tensor:
         shape = images.shape
-        if shape in self._captured and not self._captured[shape].weights.unchanged((self,)):
+        if shape in self._captured and not self._captured[shape].weights.unchanged((self.encoder, self.quant_conv)):
             self._captured.clear()
         if shape not in self._captured:
             if shape not in self._seen:  # a shape that is used once is not worth a graph
@@ -103,7 +103,8 @@ class GraphedMoments:
     """
 
     def __init__(self, encoder: FrozenEncoder, images: Tensor) -> None:
-        self.weights = WeightsAt((encoder,))
+        # Not the encoder itself: it holds this object, and a circle of references would keep the GPU's memory.
+        self.weights = WeightsAt((encoder.encoder, encoder.quant_conv))
         self.images = images.detach().clone(memory_format=torch.contiguous_format).requires_grad_()
         self.owner: object = None
         self.lock = threading.Lock()

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from nvsadapter_guidance.triton_support import has_triton
+from nvsadapter_guidance.triton_support import current, has_triton
 
 CHANNELS = 64
 """Of a tile; 128 bytes in half precision, which is what memory is read by."""
@@ -47,9 +47,10 @@ def fused_group_norm_silu(
     return _FusedGroupNorm.apply(x, shifts, norm.weight, norm.bias, norm.num_groups, norm.eps, silu)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # none is ever given up, since captured graphs read them
 def _no_offset(channels: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.zeros(1, channels, dtype=dtype, device=device)
+    with torch.inference_mode(False):  # a tensor of inference mode could not be kept for a backward pass
+        return torch.zeros(1, channels, dtype=dtype, device=device)
 
 
 def _apart(offset: Float[Tensor, "#N C"]) -> int:
@@ -67,13 +68,14 @@ class _FusedGroupNorm(torch.autograd.Function):
         launch = _Launch(x, groups)
         moments, stats, out = launch.partial(), launch.stats(), torch.empty_like(x)
         pixels, channels, apart = launch.pixels, launch.channels, _apart(offset)
-        kernels.moments_kernel[launch.tiles_grid](x, offset, apart, moments, pixels, channels, **launch.tile)
-        kernels.union_kernel[launch.groups_grid](
-            moments, stats, pixels, channels, launch.tiles, launch.size, eps, **launch.group
-        )
-        kernels.apply_kernel[launch.tiles_grid](
-            x, offset, apart, stats, weight, bias, out, pixels, channels, SILU=silu, **launch.tile
-        )
+        with current(x.device):
+            kernels.moments_kernel[launch.tiles_grid](x, offset, apart, moments, pixels, channels, **launch.tile)
+            kernels.union_kernel[launch.groups_grid](
+                moments, stats, pixels, channels, launch.tiles, launch.size, eps, **launch.group
+            )
+            kernels.apply_kernel[launch.tiles_grid](
+                x, offset, apart, stats, weight, bias, out, pixels, channels, SILU=silu, **launch.tile
+            )
         ctx.save_for_backward(x, offset, stats, weight, bias)
         ctx.launch, ctx.silu = launch, silu
         return out

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from nvsadapter_guidance.group_norm import group_norm_silu
-from nvsadapter_guidance.triton_support import has_triton
+from nvsadapter_guidance.triton_support import current, has_triton
 
 TILE = 64
 """Rows and channels that one program adds."""
@@ -114,7 +114,8 @@ class _Sum(torch.autograd.Function):
         out, channels = torch.empty_like(first), first.shape[1]
         rows = first.numel() // channels
         grid = (-(-rows // TILE), -(-channels // TILE))
-        sum_kernel[grid](first, second, bias, out, rows, channels, ROWS=TILE, BLOCK=TILE)
+        with current(first.device):
+            sum_kernel[grid](first, second, bias, out, rows, channels, ROWS=TILE, BLOCK=TILE)
         return out
 
     @staticmethod

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets import unet_2d_blocks as blocks
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
@@ -39,9 +40,11 @@ def can_run_lean(unet: Any) -> bool:
     ]
     extras = (unet.class_embedding, unet.config.addition_embed_type, unet.time_embed_act, unet.encoder_hid_proj)
     return (
-        all(map(is_lean, resnets))
+        isinstance(unet, UNet2DConditionModel)  # not a compiled one, say
+        and all(map(is_lean, resnets))
         and all(isinstance(a, Transformer2DModel) and a.is_input_continuous for a in attentions)
         and all(isinstance(s.conv, nn.Conv2d) and s.norm is None for s in samplers)
+        and all(getattr(s, "padding", 1) > 0 for s in samplers)
         and all(extra is None for extra in extras)
         and not any(getattr(part, "s1", None) for part in parts)  # FreeU
         and not unet.config.center_input_sample
@@ -86,7 +89,7 @@ def _transform(attention: Any, x: Float[Tensor, "rows C h w"], context: ViewCont
     """A `Transformer2DModel`; nothing without one."""
     if attention is None:
         return x
-    linear = isinstance(attention.proj_in, nn.Linear)
+    linear = attention.use_linear_projection
     tokens = group_norm_silu(x, attention.norm, silu=False)
     if not linear:
         tokens = attention.proj_in(tokens)

@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -22,3 +23,8 @@ def is_interpreted() -> bool:
 def has_triton(device: torch.device) -> bool:
     """Whether kernels run on tensors of a device: Triton is there, and so is a GPU or its interpreter."""
     return _is_installed() and (device.type == "cuda" or is_interpreted())
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """Make a device the current one, where Triton launches whatever device its arguments lie on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

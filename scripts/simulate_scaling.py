@@ -150,7 +150,8 @@ def read_costs(path: Path) -> list[Cost]:
 
 
 def _mean_cost(device: str, recipe: str, runs: Sequence[dict[str, Any]]) -> Cost:
-    stages = [run["stages"] for run in runs]
+    # A worker starts once for many images, and that is counted elsewhere.
+    stages = [{name: stage for name, stage in run["stages"].items() if name != "startup"} for run in runs]
     seconds = [sum(stage["seconds"] for stage in run.values()) for run in stages]
     totals = [run.get("total_seconds", whole) for run, whole in zip(runs, seconds, strict=True)]
     return Cost(

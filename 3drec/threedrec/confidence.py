@@ -63,14 +63,14 @@ class Confidence:
     def weights(self) -> Float[Tensor, "V G G"]:
         """Weights in (0, 1] of all parts of all views."""
         known = self._object & self.seen
-        if not bool(known.any()):
-            return torch.ones_like(self.residual)
-        parts = _geman_mcclure(self.residual, self.tolerance * self.residual[known].median())
+        # Written without choosing entries by a mask, for which a GPU would be waited for.
+        median = torch.where(known, self.residual, torch.nan).nanmedian()
+        parts = _geman_mcclure(self.residual, self.tolerance * median)
         inside = self.residual * known
         view_residual = inside.sum(dim=(1, 2)) / known.sum(dim=(1, 2)).clamp(min=1)
         # Whole views differ less among themselves than parts do, so their own median is the measure.
         views = _geman_mcclure(view_residual, self.tolerance * view_residual.median())
-        return parts * views[:, None, None]
+        return torch.where(known.any(), parts * views[:, None, None], 1.0)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Running state, for checkpoints."""

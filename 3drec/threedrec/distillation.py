@@ -82,7 +82,7 @@ def distill(run: Run, stage: str, first: int, last: int) -> int:
     system, checkpoint = run.config.system, run.resumed
     done = first
     if run.optimizer is None:
-        run.optimizer = run.fabric.setup_optimizers(build_optimizer(run.scene.renderer, system.optimizer))
+        run.optimizer = build_optimizer(run.scene.renderer, system.optimizer)
         if checkpoint is not None and checkpoint.stage in DISTILLATION and checkpoint.optimizer:
             run.restore_optimizer(run.optimizer)
             done = max(first, checkpoint.step)

@@ -47,6 +47,10 @@ def _never() -> bool:
     return False
 
 
+def _unknown() -> None:
+    """Tell nothing."""
+
+
 def _silent(stage: str, done: int, total: int) -> None:
     """Tell nobody."""
 
@@ -62,3 +66,5 @@ class Host:
     """Asked between steps; when true, a checkpoint is written and `Interrupted` raised."""
     progress: Callable[[str, int, int], None] = _silent
     """Told the stage, its steps that are done, and all of them."""
+    startup_seconds: Callable[[], float | None] = _unknown
+    """Asked when the reconstruction begins: how long its process needed to get there, None where that has no answer."""

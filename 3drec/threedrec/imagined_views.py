@@ -12,7 +12,7 @@ from threedrec.errors import InputError
 from threedrec.files import atomic_path
 from threedrec.guidance.protocol import ViewSampler
 from threedrec.loop import Loop, StepResult
-from threedrec.optimizer import set_learning_rate
+from threedrec.optimizer import fused, set_learning_rate
 from threedrec.report import contact_sheet, preview_grid
 from threedrec.run import Run
 from threedrec.steps import ViewFit
@@ -117,7 +117,7 @@ def fit_views(run: Run) -> int:
     """Fit the scene to the sampled views and the reference."""
     config, total = _warm_start(run), run.fit_steps
     fit = view_fit(run)
-    optimizer = run.fabric.setup_optimizers(torch.optim.Adam(run.scene.parameters(), lr=config.lr, eps=1e-15))
+    optimizer = torch.optim.Adam(run.scene.parameters(), lr=config.lr, eps=1e-15, fused=fused(run.scene))
 
     def step(index: int) -> StepResult:
         generator = run.generator("fit", index)

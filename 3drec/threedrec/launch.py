@@ -85,9 +85,11 @@ def run_job(job: Job) -> Path:
 
 def _work(mode: Mode, config: "ExperimentConfig", run_dir: Path, device: "torch.device") -> None:
     from threedrec.files import write_error
+    from threedrec.host import Host
     from threedrec.registry import find
 
-    reconstruction = find("system", config.system_type)(config, run_dir, device)
+    host = Host(startup_seconds=process_seconds)
+    reconstruction = find("system", config.system_type)(config, run_dir, device, host)
     work = {
         "train": reconstruction.train,
         "validate": reconstruction.validate,
@@ -101,6 +103,17 @@ def _work(mode: Mode, config: "ExperimentConfig", run_dir: Path, device: "torch.
         if error.errno in DISK_ERRORS and error.filename is None:
             raise write_error(run_dir, error) from error
         raise
+
+
+def process_seconds() -> float | None:
+    """Return how long this process has been there, None where the system does not tell (it does on Linux)."""
+    try:
+        # The name of the program, in brackets, may hold spaces; the 20th field after it is the start, in clock ticks.
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        uptime = float(Path("/proc/uptime").read_text().split()[0])
+        return max(0.0, uptime - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, IndexError):
+        return None
 
 
 def _discard_unbegun(run_dir: Path, kept: set[Path]) -> None:

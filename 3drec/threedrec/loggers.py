@@ -1,15 +1,18 @@
 """What a run tells while it works: TensorBoard and CSV files, and progress in the terminal."""
 
+import csv
 import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from threedrec.event_file import EventFile
 
 logger = logging.getLogger(__name__)
 
@@ -17,14 +20,91 @@ SECONDS_BETWEEN_LINES = 10.0
 """Where there is no terminal, progress is one line of the log this often."""
 
 
-def file_loggers(run_dir: Path) -> list[Any]:
-    """Return Fabric loggers that write ``tb_logs`` and ``csv_logs``; a resumed run begins a new version of each."""
-    from lightning.fabric.loggers import CSVLogger, TensorBoardLogger
+class Sink(Protocol):
+    """Where the values of steps are kept."""
 
-    return [
-        TensorBoardLogger(root_dir=run_dir, name="tb_logs"),
-        CSVLogger(root_dir=run_dir, name="csv_logs", flush_logs_every_n_steps=50),
-    ]
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Take in the values of a step, by name."""
+
+    def flush(self) -> None:
+        """Write what was taken in."""
+
+    def close(self) -> None:
+        """Write what was taken in, and end."""
+
+
+class EventLog:
+    """Values for TensorBoard."""
+
+    def __init__(self, folder: Path) -> None:
+        """Write into ``folder``, from the first value on."""
+        self.folder = folder
+        self._file: EventFile | None = None
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Take in the values of a step, by name."""
+        if self._file is None:
+            self._file = EventFile(self.folder)
+        self._file.add(values, step)
+
+    def flush(self) -> None:
+        """Write what was taken in."""
+        if self._file is not None:
+            self._file.flush()
+
+    def close(self) -> None:
+        """Write what was taken in, and end."""
+        if self._file is not None:
+            self._file.close()
+
+
+class CsvLog:
+    """Values as a table: a column a name and one for the step, a row per step; empty where a step has no value."""
+
+    def __init__(self, folder: Path, every: int = 50) -> None:
+        """Write ``folder/metrics.csv``, ``every`` rows at a time."""
+        self.path, self.every = folder / "metrics.csv", every
+        self._rows: list[dict[str, float]] = []
+        self._names: list[str] = []
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Take in the values of a step, by name."""
+        self._rows.append({**values, "step": step})
+        if len(self._rows) >= self.every:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what was taken in."""
+        if not self._rows:
+            return
+        fresh = set().union(*self._rows) - set(self._names)
+        rows: list[dict[str, Any]] = list(self._rows)
+        if fresh and self.path.is_file():
+            with self.path.open(newline="", encoding="utf-8") as file:
+                rows = [*csv.DictReader(file), *rows]
+        self._names = sorted({*self._names, *fresh})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("w" if fresh else "a", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=self._names)
+            if fresh:
+                writer.writeheader()
+            writer.writerows(rows)
+        self._rows = []
+
+    def close(self) -> None:
+        """Write what was taken in, and end."""
+        self.flush()
+
+
+def file_loggers(run_dir: Path) -> list[Sink]:
+    """Return what writes ``tb_logs`` and ``csv_logs``; a resumed run begins a new version of each."""
+    return [EventLog(_next_version(run_dir / "tb_logs")), CsvLog(_next_version(run_dir / "csv_logs"))]
+
+
+def _next_version(folder: Path) -> Path:
+    """Return ``folder/version_N``, N one above those that are there."""
+    found = [path.name.removeprefix("version_") for path in folder.glob("version_*")]
+    return folder / f"version_{max((int(name) for name in found if name.isdigit()), default=-1) + 1}"
 
 
 class Reporter:

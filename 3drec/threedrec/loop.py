@@ -1,18 +1,17 @@
 """One optimisation loop: steps, their safety, and what is written on the way. The stages say what a step computes."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from threedrec.checkpoint import Checkpoint, CheckpointKeeper
 from threedrec.errors import InputError
 from threedrec.host import Interrupted
-from threedrec.loggers import Reporter
+from threedrec.loggers import Reporter, Sink
 
 logger = logging.getLogger(__name__)
 
@@ -51,15 +50,15 @@ class LoopRunner:
 
     def __init__(
         self,
-        fabric: Fabric,
+        sinks: Sequence[Sink],
         scene: nn.Module,
         keeper: CheckpointKeeper,
         reporter: Reporter,
         log_every_n_steps: int,
         clip_norm: float | None,
     ) -> None:
-        """Optimise ``scene``; see `TrainerConfig` for the numbers."""
-        self.fabric, self.scene, self.keeper, self.reporter = fabric, scene, keeper, reporter
+        """Optimise ``scene`` and log to ``sinks``; see `TrainerConfig` for the numbers."""
+        self.sinks, self.scene, self.keeper, self.reporter = sinks, scene, keeper, reporter
         self.log_every_n_steps, self.clip_norm = log_every_n_steps, clip_norm
         self.finished: list[str] = []
         self.extra: Callable[[], dict[str, Any]] = dict
@@ -95,8 +94,8 @@ class LoopRunner:
     def save(self, stage: str, done: int, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Write a checkpoint after ``done`` steps of ``stage``."""
         self.before_save()
-        for sink in self.fabric.loggers:
-            sink.save()
+        for sink in self.sinks:
+            sink.flush()
         checkpoint = Checkpoint(
             stage=stage,
             step=done,
@@ -109,23 +108,36 @@ class LoopRunner:
 
     def _descend(self, loop: Loop, result: StepResult, step: int) -> None:
         """One step of the optimiser down ``result.loss``."""
-        if not bool(result.loss.detach().isfinite()):
-            raise DivergenceError(_describe(loop.stage, step, result))
         loop.optimizer.zero_grad(set_to_none=True)
-        self.fabric.backward(result.loss)
-        if not _finite_gradients(loop.optimizer):
+        result.loss.backward()
+        parameters = [p for group in loop.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not _finite(result.loss, parameters):
+            if not bool(result.loss.detach().isfinite()):
+                raise DivergenceError(_describe(loop.stage, step, result))
             raise DivergenceError(f"stage {loop.stage}, step {step}: a gradient is not finite; {_ADVICE}")
         if self.clip_norm is not None:
-            self.fabric.clip_gradients(self.scene, loop.optimizer, max_norm=self.clip_norm, error_if_nonfinite=False)
+            torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
         loop.optimizer.step()
 
     def _log(self, stage: str, done: int, result: StepResult, force: bool) -> dict[str, float]:
         """Write the step's values to the loggers when it is their turn; return the newest known values."""
         if force or done % self.log_every_n_steps == 0 or not self.last_terms:
             values = {"loss": result.loss.detach(), **result.terms}
-            self.last_terms = {name: float(torch.as_tensor(value).detach()) for name, value in values.items()}
-            self.fabric.log_dict({f"{stage}/{name}": value for name, value in self.last_terms.items()}, step=done)
+            self.last_terms = _numbers(values)
+            for sink in self.sinks:
+                sink.log({f"{stage}/{name}": value for name, value in self.last_terms.items()}, done)
         return self.last_terms
+
+
+def _numbers(values: dict[str, Tensor | float]) -> dict[str, float]:
+    """All values as floats, by one copy from a device."""
+    known = {name: float(value) for name, value in values.items() if not isinstance(value, Tensor)}
+    tensors = {name: value.detach() for name, value in values.items() if isinstance(value, Tensor)}
+    for device in {value.device for value in tensors.values()}:
+        there = {name: value for name, value in tensors.items() if value.device == device}
+        copied = torch.stack([value.double().reshape(()) for value in there.values()]).tolist()
+        known |= dict(zip(there, copied, strict=True))
+    return {name: known[name] for name in values}
 
 
 _ADVICE = "lower the learning rate (system.optimizer.args.lr)"
@@ -136,9 +148,8 @@ def _describe(stage: str, step: int, result: StepResult) -> str:
     return f"stage {stage}, step {step}: the loss is not finite ({', '.join(bad) or 'their sum'}); {_ADVICE}"
 
 
-def _finite_gradients(optimizer: torch.optim.Optimizer) -> bool:
-    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    if not gradients:
-        return True
+def _finite(loss: Tensor, parameters: list[nn.Parameter]) -> bool:
+    """Whether the loss and all gradients are; one question to the device, since every answer has to be waited for."""
     # One sum is one pass without a mask, and is not finite as soon as one entry is not.
-    return bool(torch.stack([gradient.sum() for gradient in gradients]).isfinite().all())
+    sums = [p.grad.sum() for p in parameters if p.grad is not None]
+    return bool(torch.stack([loss.detach(), *sums]).isfinite().all())

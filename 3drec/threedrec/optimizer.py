@@ -23,12 +23,17 @@ def build_optimizer(scene: nn.Module, config: OptimizerConfig) -> torch.optim.Op
         InputError: see `check_groups`.
     """
     check_groups(scene, config)
-    arguments = {"lr": config.args.lr, "betas": tuple(config.args.betas), "eps": config.args.eps}
+    arguments = {"lr": config.args.lr, "betas": tuple(config.args.betas), "eps": config.args.eps, "fused": fused(scene)}
     if config.args.weight_decay is not None:
         arguments["weight_decay"] = config.args.weight_decay
     groups = list(_groups(scene, config))
     cls = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[config.name]
     return cls(groups, **arguments)  # type: ignore[arg-type]
+
+
+def fused(scene: nn.Module) -> bool | None:
+    """Return whether one kernel should do a whole step of Adam: on CUDA; None leaves it to PyTorch elsewhere."""
+    return True if all(parameter.is_cuda for parameter in scene.parameters()) else None
 
 
 def check_groups(scene: nn.Module, config: OptimizerConfig) -> None:

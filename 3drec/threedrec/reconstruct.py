@@ -12,16 +12,16 @@ import os
 from pathlib import Path
 
 import torch
-from lightning.fabric import Fabric
 
 from threedrec.checkpoint import CheckpointKeeper, load_checkpoint, load_model
 from threedrec.config_schema import ExperimentConfig, SystemConfig
+from threedrec.distillation import DISTILLATION
 from threedrec.host import Host, Interrupted
 from threedrec.image import load_support_view, save_support_view
 from threedrec.loggers import Reporter, file_loggers
 from threedrec.lookup import find_path
 from threedrec.loop import LoopRunner
-from threedrec.metrics import MetricsFile, StageTimer
+from threedrec.metrics import MetricsFile, StageTimer, stage_numbers
 from threedrec.optimizer import check_groups
 from threedrec.results import export, save_validation, test
 from threedrec.run import Run
@@ -83,7 +83,8 @@ class Reconstruction:
                 run.metrics.update({f"losses.{name}": value for name, value in run.runner.last_terms.items()})
                 timer.flush()
                 run.runner.finished.append(stage.name)
-                run.runner.save(stage.name, steps, run.optimizer)
+                # The stages after distillation have no use for its optimiser, which is two thirds of a checkpoint.
+                run.runner.save(stage.name, steps, run.optimizer if stage.name in DISTILLATION else None)
         _close(run)
 
     def validate(self) -> None:
@@ -105,13 +106,16 @@ class Reconstruction:
 
     def _prepare(self) -> Run:
         """The stage before all others: read the image, build the scene, and show both."""
-        metrics = MetricsFile(self.run_dir / "metrics.json")
+        metrics, waited = MetricsFile(self.run_dir / "metrics.json"), self.host.startup_seconds()
+        startup = None if waited is None else stage_numbers(waited, self.device)
         # No `metrics.stage`: it would leave a file in the folder of a run that was refused.
         timer = StageTimer(metrics, "prepare", self.device, resumed=self.config.resume is not None)
         run = self._open(metrics, logs=True)
         save_support_view(run.support, run.save_dir / "input.png")
         if run.resumed is None and self.config.trainer.num_sanity_val_steps > 0:
             save_validation(run, "it0")
+        if startup is not None and run.resumed is None:
+            metrics.update({"stages.startup": startup})
         timer.flush()
         if run.resumed is None:
             run.runner.save("prepare", 0)
@@ -121,7 +125,6 @@ class Reconstruction:
         """Build everything that the stages share, at the state of ``config.resume``."""
         config = self.config
         _repeatable(self.device)
-        fabric = _fabric(self.device, file_loggers(self.run_dir) if logs else [])
         if config.trainer.precision != "32-true":
             logger.info(
                 "trainer.precision=%s: the field computes in float32; half precision is the guidance's own choice",
@@ -133,11 +136,11 @@ class Reconstruction:
         keep = config.checkpoint
         keeper = CheckpointKeeper(self.run_dir / "ckpts", keep.every_n_train_steps, keep.save_last, keep.save_top_k)
         reporter = Reporter(config.trainer.enable_progress_bar, listener=self.host.progress)
-        trainer = config.trainer
-        runner = LoopRunner(fabric, scene, keeper, reporter, trainer.log_every_n_steps, trainer.gradient_clip_val)
+        trainer, sinks = config.trainer, file_loggers(self.run_dir) if logs else []
+        runner = LoopRunner(sinks, scene, keeper, reporter, trainer.log_every_n_steps, trainer.gradient_clip_val)
         runner.should_stop = self.host.stop
         metrics = metrics or MetricsFile(self.run_dir / "metrics.json")
-        run = Run(config, self.run_dir, fabric, scene, support, metrics, keeper, runner, reporter, self.host)
+        run = Run(config, self.run_dir, self.device, scene, support, metrics, keeper, runner, reporter, self.host)
         runner.extra = lambda: {} if run.confidence is None else {"confidence": run.confidence.state_dict()}
         start = config.resume or config.system.weights
         if start:
@@ -150,12 +153,6 @@ class Reconstruction:
                 runner.finished = list(checkpoint.finished)
         metrics.update({"recipe": config.recipe, "device": _device_name(self.device), "seed": config.seed})
         return run
-
-
-def _fabric(device: torch.device, loggers: list) -> Fabric:
-    """Fabric on one device, in float32: rays, densities and normals lose more in half precision than it saves."""
-    devices = [device.index or 0] if device.type == "cuda" else 1
-    return Fabric(accelerator=device.type, devices=devices, precision="32-true", loggers=loggers)
 
 
 def _repeatable(device: torch.device) -> None:
@@ -173,7 +170,5 @@ def _device_name(device: torch.device) -> str:
 
 
 def _close(run: Run) -> None:
-    for sink in run.fabric.loggers:
-        finalize = getattr(sink, "finalize", None)
-        if finalize is not None:
-            finalize("success")
+    for sink in run.runner.sinks:
+        sink.close()

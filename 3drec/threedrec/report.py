@@ -1,12 +1,8 @@
 """What a person looks at: turntable videos and sheets of views."""
 
-import errno
-import logging
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from threedrec.files import atomic_path
-
-logger = logging.getLogger(__name__)
+from threedrec.video import write_video
 
 _DEPTH_ANCHORS = ((0.99, 0.91, 0.15), (0.37, 0.79, 0.38), (0.13, 0.57, 0.55), (0.23, 0.32, 0.55), (0.27, 0.00, 0.33))
 """Near to far, evenly spaced: yellow to violet, of even steps in lightness (viridis, reversed)."""
@@ -25,20 +20,20 @@ _LABEL = 16
 
 
 Images = Float[Tensor, "T H W C"] | UInt8[Tensor, "T H W 3"]
-"""What a renderer returns, or a finished picture of it (see :func:`compact`)."""
+"""What a renderer returns, or finished pictures of it."""
 
 
 @torch.no_grad()
 def to_rgb(
     frames: Mapping[str, Float[Tensor, "T H W C"]], depth_range: tuple[float, float] | None = None
 ) -> dict[str, Float[Tensor, "T H W 3"]]:
-    """Turn what a renderer returns into pictures over white, by name.
+    """Turn what a renderer returns into pictures over white, by name, on the device where it is.
 
     ``depth`` is coloured from near (yellow) to far (violet) over ``depth_range``, by default the range that all frames
     share; ``normal``, in [-1, 1], is shifted to [0, 1]; one channel becomes grey. Depth and normals are shown where
     ``opacity``, if it is among the frames, exceeds one half.
     """
-    frames = {name: images.detach().float().cpu() for name, images in frames.items()}
+    frames = {name: images.detach().float() for name, images in frames.items()}
     pictures = {}
     for name, images in frames.items():
         if name in ("depth", "normal"):
@@ -53,49 +48,24 @@ def to_rgb(
 
 
 @torch.no_grad()
-def compact(frames: Mapping[str, Float[Tensor, "T H W C"]]) -> dict[str, Images]:
-    """Turn what a renderer returns into what needs less memory and looks the same in a video or on a sheet.
+def side_by_side(
+    frames: Mapping[str, Float[Tensor, "T H W C"]], depth_range: tuple[float, float] | None = None
+) -> UInt8[np.ndarray, "T H W2 3"]:
+    """Return the pictures of `to_rgb` beside each other, made where the frames are."""
+    return _bytes(torch.cat(list(to_rgb(frames, depth_range).values()), dim=2))
 
-    All become pictures of a byte per channel, but ``depth``: its colours depend on the range of frames shown together.
-    It stays a distance, 0 where nothing is seen.
-    """
-    pictures = to_rgb({name: images for name, images in frames.items() if name != "depth"})
-    small: dict[str, Images] = {}
-    for name, images in frames.items():
-        if name == "depth":
-            small[name] = torch.where(_seen(images, frames.get("opacity")), images, 0.0).detach().float().cpu()
-        else:
-            small[name] = torch.from_numpy(_bytes(pictures[name]))
-    return small
+
+def depth_range(frames: Mapping[str, Float[Tensor, "T H W C"]]) -> tuple[float, float]:
+    """Return the range over which to colour the depth of ``frames``, and of others of the same object."""
+    return _depth_range(frames["depth"], _seen(frames["depth"], frames.get("opacity")))
 
 
 def write_turntable(frames: Mapping[str, Images], path: str | os.PathLike[str], fps: int = 24) -> Path:
     """Write a video whose frames show every entry of ``frames`` (see :func:`to_rgb`) side by side.
 
-    H.264 in yuv420p, which every player and browser shows. Without a working ffmpeg a ``.gif`` is written instead,
-    and a warning says so.
-
-    Returns:
-        The file written.
-
-    Raises:
-        InputError: the file cannot be written.
+    See `threedrec.video.write_video`.
     """
-    path = Path(path)
-    pictures = np.concatenate(list(_pictures(frames).values()), axis=2)
-    # yuv420p stores colour at half the size, hence even sides.
-    pictures = np.pad(pictures, [(0, 0), (0, pictures.shape[1] % 2), (0, pictures.shape[2] % 2), (0, 0)], mode="edge")
-    problem = _ffmpeg_problem()
-    if problem is None:
-        with atomic_path(path) as temporary:
-            _encode(pictures, temporary, fps)
-        return path
-    logger.warning("%s: ffmpeg is not usable (%s), so a .gif is written instead.", path, problem)
-    path = path.with_suffix(".gif")
-    images = [Image.fromarray(picture).quantize(128) for picture in pictures]
-    with atomic_path(path) as temporary:
-        images[0].save(temporary, save_all=True, append_images=images[1:], duration=round(1000 / fps), loop=0)
-    return path
+    return write_video(np.concatenate(list(_pictures(frames).values()), axis=2), path, fps)
 
 
 def contact_sheet(
@@ -184,7 +154,7 @@ def _write_sheet(
 
 def _pictures(frames: Mapping[str, Images]) -> dict[str, UInt8[np.ndarray, "T H W 3"]]:
     """Pictures as bytes; frame by frame, since a video of floats would fill the memory."""
-    raw = {name: images.detach().float().cpu() for name, images in frames.items() if images.dtype != torch.uint8}
+    raw = {name: images.detach().float() for name, images in frames.items() if images.dtype != torch.uint8}
     depth_range = _depth_range(raw["depth"], _seen(raw["depth"], raw.get("opacity"))) if "depth" in raw else None
     pictures = {}
     for name, images in frames.items():
@@ -210,13 +180,13 @@ def _depth_range(depth: Tensor, seen: Tensor) -> tuple[float, float]:
     values = depth[seen]
     if len(values) == 0:
         return 0.0, 0.0
-    near, far = np.quantile(values.numpy(), [0.01, 0.99])
+    near, far = np.quantile(values.detach().float().cpu().numpy(), [0.01, 0.99])
     return float(near), float(far)
 
 
 def _depth_colors(depth: Tensor, depth_range: tuple[float, float]) -> Tensor:
     near, far = depth_range
-    anchors = torch.tensor(_DEPTH_ANCHORS)
+    anchors = torch.tensor(_DEPTH_ANCHORS, device=depth.device)
     place = ((depth - near) / max(far - near, 1e-6)).nan_to_num(0.0).clamp(0.0, 1.0) * (len(anchors) - 1)
     low = place.long().clamp(max=len(anchors) - 2).squeeze(-1)
     return torch.lerp(anchors[low], anchors[low + 1], place - low.unsqueeze(-1))
@@ -230,43 +200,4 @@ def _resized(picture: UInt8[np.ndarray, "H W 3"], height: int) -> UInt8[np.ndarr
 def _bytes(images: Images) -> UInt8[np.ndarray, "N H W 3"]:
     if images.dtype == torch.uint8:
         return images.cpu().numpy()
-    return (images.detach().float().cpu().nan_to_num(0.0).clamp(0.0, 1.0) * 255.0).round().to(torch.uint8).numpy()
-
-
-def _ffmpeg_problem() -> str | None:
-    """Why ffmpeg cannot be used, or None where it can."""
-    try:
-        import imageio_ffmpeg  # type: ignore[import-untyped]
-
-        imageio_ffmpeg.get_ffmpeg_exe()
-    except (ImportError, RuntimeError, OSError) as error:
-        return str(error).splitlines()[0]
-    return None
-
-
-def _encode(pictures: UInt8[np.ndarray, "T H W 3"], path: Path, fps: int) -> None:
-    import imageio.v2 as imageio
-    import imageio_ffmpeg
-
-    try:
-        writer: Any = imageio.get_writer(
-            path,
-            fps=fps,
-            codec="libx264",
-            pixelformat="yuv420p",
-            macro_block_size=1,
-            quality=None,
-            output_params=["-movflags", "+faststart", "-crf", "20"],
-        )
-        with writer:
-            for picture in pictures:
-                writer.append_data(picture)
-        # ffmpeg runs in a process of its own, and its failure at the end of a file goes unnoticed.
-        written = imageio_ffmpeg.count_frames_and_secs(path)[0] if path.exists() else 0
-    except (OSError, RuntimeError) as error:
-        if isinstance(error, OSError) and error.errno not in (None, errno.EPIPE):
-            raise
-        written = 0
-    if written != len(pictures):
-        full = shutil.disk_usage(path.parent).free < pictures.nbytes
-        raise OSError(errno.ENOSPC if full else errno.EIO, "ffmpeg did not finish the video")
+    return (images.detach().float().nan_to_num(0.0).clamp(0.0, 1.0) * 255.0).round().to(torch.uint8).cpu().numpy()

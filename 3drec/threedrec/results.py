@@ -8,8 +8,9 @@ from torch import Tensor
 from threedrec import registry
 from threedrec.cameras import Cameras, turntable
 from threedrec.metrics import mask_iou, psnr, ssim
-from threedrec.report import before_after_sheet, compact, contact_sheet, write_turntable
+from threedrec.report import before_after_sheet, contact_sheet, depth_range, side_by_side
 from threedrec.run import Run
+from threedrec.video import BackgroundVideo
 
 logger = logging.getLogger(__name__)
 
@@ -31,20 +32,37 @@ def test(run: Run) -> int:
     run.scene.renderer.refresh(run.generator("test"))
     save_reference_metrics(run)
     cameras = turntable(config, config.n_test_views, config.eval_height, config.eval_width)
-    parts: list[dict[str, Tensor]] = []
+    shown = list(range(0, len(cameras), max(1, len(cameras) // _SHEET_VIEWS)))[:_SHEET_VIEWS]
     with run.reporter.stage("test", len(cameras)) as report:
-        for start in range(0, len(cameras), config.eval_batch_size):
-            batch = cameras[start : start + config.eval_batch_size]
-            rendered = run.scene.views(batch)
-            parts.append(compact({name: rendered[name] for name in _ROWS}))
-            report.update(min(start + config.eval_batch_size, len(cameras)), {})
-    frames = {name: torch.cat([part[name] for part in parts]) for name in _ROWS}
-    write_turntable(frames, run.save_dir / "turntable.mp4")
-    shown = torch.arange(0, len(cameras), max(1, len(cameras) // _SHEET_VIEWS))[:_SHEET_VIEWS]
-    sheet = {name: images[shown] for name, images in frames.items()}
-    contact_sheet(sheet, run.save_dir / "turntable.png", _labels(cameras[shown]))
-    before_after_sheet(run.support.rgba(), sheet["rgb"], run.save_dir / "before-after.png", _labels(cameras[shown]))
+        sheet = _rows(run, cameras, shown)
+        report.update(len(shown), {})
+        # The sheet's views tell the depths to colour, so that frames can be encoded as they come.
+        depths, known = depth_range(sheet), dict(zip(shown, _split(sheet), strict=True))
+        with BackgroundVideo(run.save_dir / "turntable.mp4") as video:
+            for start in range(0, len(cameras), config.eval_batch_size):
+                batch = range(start, min(start + config.eval_batch_size, len(cameras)))
+                missing = [index for index in batch if index not in known]
+                fresh = dict(zip(missing, _split(_rows(run, cameras, missing)), strict=True)) if missing else {}
+                video.add(side_by_side(_joined([fresh.get(index) or known[index] for index in batch]), depths))
+                report.update(max(len(shown), batch.stop), {})
+    sheet = {name: images.cpu() for name, images in sheet.items()}
+    labels = _labels(cameras[torch.tensor(shown)])
+    contact_sheet(sheet, run.save_dir / "turntable.png", labels)
+    before_after_sheet(run.support.rgba(), sheet["rgb"], run.save_dir / "before-after.png", labels)
     return 0
+
+
+def _rows(run: Run, cameras: Cameras, chosen: list[int]) -> dict[str, Tensor]:
+    rendered = run.scene.views(cameras[torch.tensor(chosen)])
+    return {name: rendered[name] for name in _ROWS}
+
+
+def _split(frames: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    return [{name: images[i : i + 1] for name, images in frames.items()} for i in range(len(frames["rgb"]))]
+
+
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def save_reference_metrics(run: Run) -> None:

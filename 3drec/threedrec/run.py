@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
 
 from threedrec.checkpoint import Checkpoint, CheckpointKeeper, step_generator
 from threedrec.confidence import Confidence
@@ -26,7 +25,9 @@ class Run:
 
     config: ExperimentConfig
     run_dir: Path
-    fabric: Fabric
+    device: torch.device
+    """Where everything is computed, in float32: rays, densities and normals lose more in half precision than it
+    saves."""
     scene: Scene
     support: SupportView
     """The reference at the size it was read at."""
@@ -47,11 +48,6 @@ class Run:
 
     optimizer: Any = None
     """The optimiser of score distillation, from its first stage on."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where everything is computed."""
-        return self.fabric.device
 
     @property
     def save_dir(self) -> Path:

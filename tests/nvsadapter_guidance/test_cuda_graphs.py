@@ -1,15 +1,21 @@
 """CUDA graphs: replayed calls equal plain ones, whatever changes between calls."""
 
 import copy
+import gc
 import logging
-from collections.abc import Mapping
+import pickle
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor
 from tiny_nvs import tiny_nvs_model
 from torch import Tensor, nn
 
-from nvsadapter_guidance.cuda_graphs import GraphCache
+from nvsadapter_guidance.cuda_graphs import GraphCache, GraphedCall, WeightsAt, has_adapters
 from nvsadapter_guidance.frozen_encoder import FrozenEncoder
 from nvsadapter_guidance.guidance import ScoreDistillation
 from nvsadapter_guidance.memory import PLANS, MemoryPlan
@@ -33,10 +39,43 @@ def test_without_a_gpu_calls_run_as_they_are() -> None:
     assert len(cache) == 0
 
 
-def test_copies_of_a_model_have_no_graphs_of_the_first() -> None:
-    cache = GraphCache(enabled=True)
-    twin = copy.deepcopy(cache)
-    assert twin is not cache and twin.enabled
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))])
+def test_copies_of_a_model_have_no_graphs_of_the_first(duplicate: Callable[[GraphCache], GraphCache]) -> None:
+    cache = GraphCache(enabled=True, search=True)
+    cache._calls["key"] = cast(GraphedCall, threading.Lock())  # can no more be copied than a graph
+    twin = duplicate(cache)
+    assert (len(cache), len(twin)) == (1, 0) and twin.enabled and twin.search
+
+
+def changed(module: nn.Module, change: Callable[[], object]) -> bool:
+    """Whether a graph of the module is seen to be stale after a change."""
+    weights = WeightsAt((module,))
+    assert weights.unchanged((module,))
+    change()
+    return not weights.unchanged((module,))
+
+
+def test_weights_that_move_or_are_replaced_make_a_graph_stale() -> None:
+    layer: Any = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    assert not changed(layer, lambda: layer[0].weight.data.mul_(2.0)), "a graph reads the new numbers"
+    assert changed(layer, lambda: setattr(layer[0].weight, "data", torch.ones(4, 4)))
+    state = {name: value.clone() for name, value in layer.state_dict().items()}
+    assert changed(layer, lambda: layer.load_state_dict(state, assign=True))
+    assert changed(layer, lambda: setattr(layer[1], "running_mean", torch.ones(4)))
+    assert changed(layer, lambda: layer.__setitem__(0, copy.deepcopy(layer[0])))
+    assert changed(layer, layer.eval)
+    assert not WeightsAt((layer,)).unchanged((layer, layer))
+
+
+def test_networks_that_compute_something_else_make_a_graph_stale() -> None:
+    unet: Any = tiny_nvs_model().network.unet
+    assert changed(unet, lambda: unet.set_attn_processor(AttnProcessor()))
+    assert changed(unet, lambda: unet.enable_freeu(s1=0.9, s2=0.2, b1=1.2, b2=1.4))
+    assert changed(unet, lambda: unet.enable_freeu(s1=0.8, s2=0.2, b1=1.2, b2=1.4))
+    peft = pytest.importorskip("peft")
+    assert not has_adapters(unet.modules())
+    assert changed(unet, lambda: unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"])))
+    assert has_adapters(unet.modules())
 
 
 @pytest.mark.parametrize("graphs", [True, False])
@@ -113,6 +152,29 @@ def test_weights_that_change_in_place_are_seen_and_weights_that_move_are_capture
         with torch.no_grad():
             torch.testing.assert_close(call(), layer(x))
     assert len(cache) == 1
+
+
+@pytest.mark.gpu
+def test_inference_mode_may_come_and_go() -> None:
+    cache, x, scale = GraphCache(enabled=True), torch.arange(3.0, device="cuda"), torch.tensor(2.0, device="cuda")
+    for step in range(6):
+        with torch.inference_mode(step % 4 < 2):
+            assert torch.equal(cache("key", linear, {"x": x + step}, {"scale": scale}, ()), 2 * (x + step))
+    assert len(cache) == 1
+
+
+@pytest.mark.gpu
+def test_an_encoder_that_is_let_go_takes_its_graphs_with_it() -> None:
+    encoder, views = FrozenEncoder(model_on_gpu().vae, torch.bfloat16), images(0).requires_grad_()
+    gc.disable()  # what only the collector finds stays on the GPU until it happens to run
+    try:
+        for _ in range(3):
+            encoder(views)
+        graphs = weakref.ref(next(iter(encoder._captured.values())))
+        del encoder
+        assert graphs() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.gpu

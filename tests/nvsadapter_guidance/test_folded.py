@@ -15,10 +15,13 @@ SUPPORT = Poses(torch.tensor([10.0]), torch.tensor([5.0]), torch.tensor([1.5]))
 GROUPS, VIEWS = 3, 4
 
 
-def build(text_tokens: int, unconditional: str, **adapter: Any) -> NVSModel:
+def build(text_tokens: int, unconditional: str, unet: dict[str, Any] | None = None, **adapter: Any) -> NVSModel:
     config = tiny_nvs_config()
     return tiny_nvs_model(
-        adapter=config.adapter | adapter, text_tokens=text_tokens, unconditional_support=unconditional
+        unet=config.unet | (unet or {}),
+        adapter=config.adapter | adapter,
+        text_tokens=text_tokens,
+        unconditional_support=unconditional,
     ).double()
 
 
@@ -63,13 +66,63 @@ def test_folding_changes_nothing(adapter: dict[str, Any], unconditional: str, te
         model = build(text_tokens, unconditional, **adapter)
     conditions = conditions_of(model)
     assert (conditions.folded is None) == (adapter.get("view_attn_mode") == "support_xattn")
+    check_against_the_exact_call(model, conditions)
+
+
+def check_against_the_exact_call(model: NVSModel, conditions: SupportConditions) -> None:
+    exact = SupportConditions(conditions.pose, conditions.latents, conditions.image_context, conditions.text_context)
     for scale in (1.0, 3.0):
-        lean = predict(model, conditions, scale)
-        exact = SupportConditions(
-            conditions.pose, conditions.latents, conditions.image_context, conditions.text_context
-        )
         # Rays are float32 in both, and made in other batches.
-        torch.testing.assert_close(lean, predict(model, exact, scale), atol=1e-6, rtol=1e-6)
+        expected = predict(model, exact, scale)
+        torch.testing.assert_close(predict(model, conditions, scale), expected, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "unet",
+    [
+        {"use_linear_projection": True, "attention_head_dim": [2, 4]},  # as Stable Diffusion 2 has them
+        {"layers_per_block": 2, "transformer_layers_per_block": 2, "mid_block_scale_factor": 2.0},
+        {"downsample_padding": 0},
+        {"resnet_time_scale_shift": "scale_shift"},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_folding_changes_nothing_in_unets_of_other_shapes(unet: dict[str, Any]) -> None:
+    model = build(5, "noise", unet)
+    check_against_the_exact_call(model, conditions_of(model))
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_a_lora_takes_part(linear: bool) -> None:
+    peft = pytest.importorskip("peft")
+    model = build(5, "zeros", {"use_linear_projection": linear})
+    before = predict(model, conditions_of(model))
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "net.2", "time_emb_proj"]
+    unet: Any = model.network.unet
+    unet.add_adapter(peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+    unet.double()
+    conditions = conditions_of(model)
+    assert conditions.folded is not None and (predict(model, conditions) - before).abs().max() > 1e-3
+    check_against_the_exact_call(model, conditions)
+
+
+def test_a_compiled_unet_is_called_as_it_is() -> None:
+    model = build(1, "noise")
+    unet: Any = model.network.unet
+    calls: list[int] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return type(unet).forward(unet, *args, **kwargs)
+
+    model.network.unet = torch.compile(unet, backend=lambda graph, inputs: graph.forward)
+    unet.forward = counted
+    with torch.compiler.set_stance("force_eager"):
+        conditions = conditions_of(model)
+        calls.clear()
+        predict(model, conditions)
+        assert len(calls) == 1, "the compiled network, not a way around it"
+        check_against_the_exact_call(model, conditions)
 
 
 def test_constants_hold_no_queries_and_one_text() -> None:

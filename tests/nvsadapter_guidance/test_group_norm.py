@@ -72,6 +72,30 @@ def test_half_precision_rounds_no_more_than_torch() -> None:
         assert float((got.double() - want).norm() / want.norm()) < 4e-3
 
 
+@needs_kernels
+def test_a_width_first_seen_in_inference_mode_has_gradients_later() -> None:
+    x, norm, _, _ = inputs((1, 24, 4, 4, 4), torch.float32)
+    with torch.inference_mode():
+        first = fused_group_norm_silu(x, norm)
+    later = fused_group_norm_silu(x.requires_grad_(), norm)
+    assert torch.equal(first, later) and torch.autograd.grad(later.sum(), x)[0].isfinite().all()
+
+
+@pytest.mark.gpu
+def test_kernels_run_where_their_tensors_lie() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    x, norm, _, upstream = inputs(SHAPES[0], torch.float32)
+    expected = fused_group_norm_silu(x.requires_grad_(), norm)
+    (gradient,) = torch.autograd.grad(expected, x, upstream)
+    assert torch.cuda.current_device() == 0
+    layout = torch.channels_last
+    other = x.detach().to("cuda:1", memory_format=layout).requires_grad_()
+    found = fused_group_norm_silu(other, norm.to("cuda:1"))
+    (found_gradient,) = torch.autograd.grad(found, other, upstream.to("cuda:1", memory_format=layout))
+    assert torch.equal(found.cpu(), expected.cpu()) and torch.equal(found_gradient.cpu(), gradient.cpu())
+
+
 def test_other_layouts_and_trained_norms_take_torch_s_operations() -> None:
     norm = nn.GroupNorm(2, 4)
     x = torch.randn(1, 4, 3, 3, generator=torch.Generator().manual_seed(0))

@@ -23,7 +23,7 @@ class Recording:
     calls: list[tuple] = []
     failure: BaseException | None = None
 
-    def __init__(self, config, run_dir, device):
+    def __init__(self, config, run_dir, device, host=None):
         self.config, self.run_dir, self.device = config, run_dir, device
 
     def __getattr__(self, name):

@@ -5,6 +5,8 @@ import math
 import torch
 
 from threedrec.rendering.compositing import (
+    ExclusiveSum,
+    RaySums,
     accumulate,
     exclusive_sum,
     render_weights,
@@ -83,3 +85,35 @@ def test_invisible_samples_are_those_behind_or_clear():
 def test_no_samples_at_all():
     empty, rays = torch.zeros(0), torch.zeros(0, dtype=torch.long)
     assert accumulate(render_weights(empty, empty, rays), torch.zeros(0, 3), rays, 4).tolist() == [[0.0] * 3] * 4
+
+
+def packed(count: int = 200) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Values, rays with gaps and runs of many lengths, and cotangents."""
+    generator = torch.Generator().manual_seed(0)
+    rays = torch.randint(0, 60, (count,), generator=generator).sort().values
+    return torch.rand(count, generator=generator), rays, torch.randn(count, generator=generator)
+
+
+def test_exclusive_sums_for_a_gpu_equal_those_for_the_cpu():
+    values, rays, pull = packed()
+    results = []
+    for function in (exclusive_sum, ExclusiveSum.apply):
+        leaf = values.clone().requires_grad_(True)
+        out = function(leaf, rays)
+        results.append((out.detach(), *torch.autograd.grad(out, leaf, pull)))
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-6, atol=1e-7)
+
+
+def test_ray_sums_for_a_gpu_equal_those_for_the_cpu():
+    weights, rays, _ = packed()
+    values = torch.randn(len(weights), 4, generator=torch.Generator().manual_seed(1))
+    pull = torch.randn(64, 4, generator=torch.Generator().manual_seed(2))
+    results = []
+    for function in (accumulate, RaySums.apply):
+        leaves = [weights.clone().requires_grad_(True), values.clone().requires_grad_(True)]
+        out = function(*leaves, rays, 64)
+        results.append((out.detach(), *torch.autograd.grad(out, leaves, pull)))
+    for cpu, gpu in zip(*results, strict=True):
+        torch.testing.assert_close(cpu, gpu, rtol=1e-6, atol=1e-6)
+    assert (RaySums.apply(weights[:0], values[:0], rays[:0], 3) == 0).all()

@@ -123,7 +123,7 @@ def check(run_dir: Path, judged: list, reason: str) -> ScoreDistillation:
     norms = logged(run_dir, "sds_grad_norm")
     assert len(norms) == STEPS and all(math.isfinite(norm) and norm > 0 for norm in norms)
     metrics = json.loads((run_dir / "metrics.json").read_text())
-    assert list(metrics["stages"]) == ["prepare", "coarse", "fine", "test", "mesh"]
+    assert list(metrics["stages"]) == ["startup", "prepare", "coarse", "fine", "test", "mesh"]
     assert reason in metrics["model"]
     assert (run_dir / "save" / "turntable.mp4").stat().st_size > 0
     mesh = trimesh.load(run_dir / "save" / "model.glb", force="mesh")

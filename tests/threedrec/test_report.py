@@ -8,9 +8,16 @@ import torch
 from PIL import Image
 
 from threedrec.errors import InputError
-from threedrec.report import before_after_sheet, compact, contact_sheet, preview_grid, to_rgb, write_turntable
-
-CHANNELS = {"rgb": 3, "normal": 3, "depth": 1, "opacity": 1}
+from threedrec.report import (
+    before_after_sheet,
+    contact_sheet,
+    depth_range,
+    preview_grid,
+    side_by_side,
+    to_rgb,
+    write_turntable,
+)
+from threedrec.video import BackgroundVideo
 
 
 def renders(frames: int = 4, size: int = 33) -> dict[str, torch.Tensor]:
@@ -59,7 +66,7 @@ def test_the_turntable_tiles_its_rows_and_has_every_frame(tmp_path: Path) -> Non
 def test_without_ffmpeg_a_gif_is_written_and_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("threedrec.report._ffmpeg_problem", lambda: "No ffmpeg exe could be found.")
+    monkeypatch.setattr("threedrec.video._ffmpeg_problem", lambda: "No ffmpeg exe could be found.")
     with caplog.at_level(logging.WARNING):
         path = write_turntable(renders(3), tmp_path / "turntable.mp4")
     assert path == tmp_path / "turntable.gif" and "a .gif is written instead" in caplog.text
@@ -67,21 +74,28 @@ def test_without_ffmpeg_a_gif_is_written_and_said(
         assert image.n_frames == 3 and image.size == (132, 34)
 
 
-def test_batches_kept_as_bytes_give_the_same_files(tmp_path: Path) -> None:
-    generator = torch.Generator().manual_seed(0)
-    frames = {name: torch.rand(4, 20, 20, channels, generator=generator) for name, channels in CHANNELS.items()}
-    batches = [compact({name: value[i : i + 2] for name, value in frames.items()}) for i in (0, 2)]
-    small = {name: torch.cat([batch[name] for batch in batches]) for name in frames}
-    assert [str(value.dtype) for value in small.values()].count("torch.uint8") == 3
-    files = []
-    for kind, shown in (("float", frames), ("bytes", small)):
-        folder = tmp_path / kind
-        folder.mkdir()
-        write_turntable(shown, folder / "a.mp4")
-        contact_sheet(shown, folder / "b.png")
-        before_after_sheet(frames["rgb"][0], shown["rgb"], folder / "c.png")
-        files.append([file.read_bytes() for file in sorted(folder.iterdir())])
-    assert len(files[0]) == 3 and files[0] == files[1]
+def test_a_video_written_while_frames_come_is_the_same(tmp_path: Path) -> None:
+    frames = renders(6)
+    write_turntable(frames, tmp_path / "whole.mp4")
+    with BackgroundVideo(tmp_path / "parts.mp4") as video:
+        for start in (0, 4):
+            part = {name: value[start : start + 4] for name, value in frames.items()}
+            video.add(side_by_side(part, depth_range(frames)))
+    assert (tmp_path / "parts.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+
+
+def test_frames_that_end_in_an_error_leave_no_video(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="rendering failed"), BackgroundVideo(tmp_path / "t.mp4") as video:
+        video.add(side_by_side(renders(30)))
+        raise RuntimeError("rendering failed")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_encoders_error_reaches_the_renderer(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"file/t\.mp4: cannot be written"):
+        with BackgroundVideo(tmp_path / "file" / "t.mp4") as video:
+            video.add(side_by_side(renders(30)))
 
 
 def test_an_unwritable_video_is_named(tmp_path: Path) -> None:

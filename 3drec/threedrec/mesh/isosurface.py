@@ -46,6 +46,15 @@ class Grid:
         """World positions of (fractional) grid indices."""
         return self.lower + (index + 0.5) * self.spacing
 
+    def distances(self) -> Float[np.ndarray, "X Y Z"]:
+        """Distance of every point from the origin, world units."""
+        axes = zip(self.lower, self.shape, strict=True)
+        squares = [np.square(low + (np.arange(n, dtype=np.float32) + 0.5) * self.spacing) for low, n in axes]
+        x, y, z = np.ix_(*squares)
+        # The first sum is small; one pass over the whole grid is left, and its root.
+        total = x + y + z
+        return np.sqrt(total, out=total)
+
 
 @dataclass(frozen=True)
 class Isosurface:
@@ -90,22 +99,29 @@ def extract_isosurface(
     """
     box = np.full(3, radius)
     coarse = Grid.covering(-box, box, _COARSE)
-    density = _inside_sphere(sample_density(density_fn, coarse, device, chunk), coarse, radius)
+    from_origin = coarse.distances()
+    density = np.where(from_origin < radius, sample_density(density_fn, coarse, device, chunk), 0.0)
     cut = automatic_threshold(density, coarse.spacing) if threshold is None else threshold
     near = _near_solid(density > cut, keep_components)
     grid = Grid.covering(*_bounds(near, coarse), resolution)
     density = sample_density(density_fn, grid, device, chunk, near[np.ix_(*_voxels_of(coarse, grid))])
+    # Most objects stay away from the sphere, which then cuts nothing off: nothing is solid where nothing was asked for.
+    reach = from_origin[near].max() + math.sqrt(3.0) * coarse.spacing
+    distances = grid.distances() if reach > radius - grid.spacing else None
     if threshold is None:
-        cut = automatic_threshold(_inside_sphere(density, grid, radius), grid.spacing)
+        inside = density if distances is None else np.where(distances < radius, density, 0.0)
+        cut = automatic_threshold(inside, grid.spacing)
 
-    field = np.minimum(_level(density, cut), _level_of_sphere(grid.points(_indices(grid.shape)), radius, grid.spacing))
+    field = _level((density - cut) / max(abs(cut), 1e-12))
+    if distances is not None:
+        field = np.minimum(field, _level((radius - distances) / grid.spacing))
     if not (field > 0).any():
         raise InputError(
             f"the field is empty: its largest density, {density.max():.4g}, does not pass the threshold {cut:.4g}, so "
             "there is no mesh to export; train it longer, or lower system.exporter.isosurface_threshold"
         )
     if smoothing > 0:
-        field = ndimage.gaussian_filter(field, smoothing, mode="nearest", truncate=3.0)
+        field = smoothed(field, smoothing, torch.device(device))
     field, factor = _limit_crossings(field)
     field = keep_solid(np.pad(field, 1, constant_values=-1.0), keep_components)
     if not (field > 0).any():
@@ -134,16 +150,40 @@ def sample_density(
     """
     _, ny, nz = grid.shape
     total = math.prod(grid.shape)
-    wanted = torch.arange(total) if where is None else torch.from_numpy(np.flatnonzero(where))
-    density = np.zeros(total, dtype=np.float32)
+    if where is None:
+        wanted = torch.arange(total, device=device)
+    else:
+        wanted = torch.from_numpy(np.ascontiguousarray(where)).to(device).view(-1).nonzero()[:, 0]
+    density = torch.zeros(total, device=device)
     lower = torch.tensor(grid.lower, dtype=torch.float32, device=device)
     for part in wanted.split(chunk):
-        flat = part.to(device)
-        index = torch.stack([flat // (ny * nz), flat // nz % ny, flat % nz], dim=-1)
-        density[part.numpy()] = density_fn(lower + (index + 0.5) * grid.spacing).reshape(-1).float().cpu().numpy()
-    if not np.isfinite(density).all():
+        index = torch.stack([part // (ny * nz), part // nz % ny, part % nz], dim=-1)
+        density[part] = density_fn(lower + (index + 0.5) * grid.spacing).reshape(-1).float()
+    if not bool(density.isfinite().all()):
         raise InputError("the field's density is not finite; the training has diverged, lower its learning rate")
-    return density.reshape(grid.shape)
+    return density.view(grid.shape).cpu().numpy()
+
+
+def smoothed(field: Float[np.ndarray, "X Y Z"], sigma: float, device: torch.device) -> Float[np.ndarray, "X Y Z"]:
+    """Return the field under a Gaussian of ``sigma`` voxels, cut off at three times that; border values go on."""
+    if device.type == "cpu":
+        return ndimage.gaussian_filter(field, sigma, mode="nearest", truncate=3.0)
+    return smoothed_on(field, sigma, device)
+
+
+def smoothed_on(field: Float[np.ndarray, "X Y Z"], sigma: float, device: torch.device) -> Float[np.ndarray, "X Y Z"]:
+    """`smoothed` by PyTorch, the same to rounding."""
+    reach = int(3.0 * sigma + 0.5)
+    weights = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+    values = torch.from_numpy(field).to(device)
+    for axis, side in enumerate(field.shape):
+        inside = torch.arange(-reach, side + reach, device=device).clamp(0, side - 1)
+        padded = values.double().index_select(axis, inside)
+        total = torch.zeros_like(values, dtype=torch.float64)
+        for offset, weight in enumerate((weights / weights.sum()).tolist()):
+            total.add_(padded.narrow(axis, offset, side), alpha=weight)
+        values = total.float()
+    return values.cpu().numpy()
 
 
 def keep_solid(field: Float[np.ndarray, "X Y Z"], keep_components: float) -> Float[np.ndarray, "X Y Z"]:
@@ -159,28 +199,18 @@ def keep_solid(field: Float[np.ndarray, "X Y Z"], keep_components: float) -> Flo
         sizes[0] = 0
         keep = sizes >= max(keep_components * sizes.max(), 1.0)
         field = np.where(solid & ~keep[labels], -np.abs(field), field)
-    labels, _ = ndimage.label(field <= 0)
+    labels, count = ndimage.label(field <= 0)
+    if count == 1:
+        return field
     return np.where((labels > 0) & (labels != labels[0, 0, 0]), np.abs(field) + 1e-3, field)
 
 
-def _level(density: np.ndarray, threshold: float) -> np.ndarray:
+def _level(values: np.ndarray) -> np.ndarray:
     """Positive inside; bounded, so that an enormous density does not pull the interpolated surface onto a voxel."""
-    level: np.ndarray = np.clip((density - threshold) / max(abs(threshold), 1e-12), -1.0, 1.0)
+    level: np.ndarray = np.clip(values, -1.0, 1.0, out=values)
     # Exactly zero would put a vertex on a grid point, shared by up to six coincident ones.
-    return np.where(np.abs(level) < 1e-6, 1e-6, level).astype(np.float32)
-
-
-def _level_of_sphere(points: np.ndarray, radius: float, spacing: float) -> np.ndarray:
-    level: np.ndarray = np.clip((radius - np.linalg.norm(points, axis=-1)) / spacing, -1.0, 1.0)
-    return np.where(np.abs(level) < 1e-6, 1e-6, level).astype(np.float32)
-
-
-def _indices(shape: tuple[int, int, int]) -> np.ndarray:
-    return np.stack(np.meshgrid(*(np.arange(n, dtype=np.float32) for n in shape), indexing="ij"), axis=-1)
-
-
-def _inside_sphere(density: np.ndarray, grid: Grid, radius: float) -> np.ndarray:
-    return np.where(np.linalg.norm(grid.points(_indices(grid.shape)), axis=-1) < radius, density, 0.0)
+    level[np.abs(level) < 1e-6] = 1e-6
+    return level.astype(np.float32, copy=False)
 
 
 def _near_solid(solid: np.ndarray, keep_components: float) -> np.ndarray:

@@ -110,13 +110,19 @@ class StageTimer:
 
     def flush(self) -> None:
         """Write the stage's numbers as they are now."""
-        now = {"seconds": round(self.seconds, 3)}
-        measured = {"peak_memory_gb": peak_memory_gb(self._device)}
-        if self._device.type == "cuda":
-            measured["peak_host_memory_gb"] = peak_memory_gb("cpu")
-        for name, value in measured.items():
-            now[name] = round(max(value, self._peaks[name]), 4)
+        now = stage_numbers(self.seconds, self._device)
+        for name, before in self._peaks.items():
+            if name in now:
+                now[name] = max(now[name], before)
         self._metrics.update({self._key: now})
+
+
+def stage_numbers(seconds: float, device: torch.device | str) -> dict[str, float]:
+    """What ``metrics.json`` has of a stage that took ``seconds`` and ends now."""
+    numbers = {"seconds": round(seconds, 3), "peak_memory_gb": round(peak_memory_gb(device), 4)}
+    if torch.device(device).type == "cuda":
+        numbers["peak_host_memory_gb"] = round(peak_memory_gb("cpu"), 4)
+    return numbers
 
 
 def peak_memory_gb(device: torch.device | str = "cpu") -> float:

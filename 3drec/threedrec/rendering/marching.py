@@ -3,6 +3,7 @@
 Samples of all rays are packed into flat tensors, ordered by ray and, within a ray, by distance.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -10,6 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from threedrec.rendering.occupancy import OccupancyGrid
+
+TABLE = 2**25
+"""Entries of the rays' table of candidates at a time: with what is computed on them, about 1 GB."""
 
 
 class Intervals(NamedTuple):
@@ -79,23 +83,51 @@ def march(
     anchor = anchor.clamp(min=near)
     entry, leave = intersect_box(rays_o, rays_d, grid.bounds.to(rays_o.dtype) if skip else box)
     entry, leave = torch.maximum(entry, anchor), leave.clamp(max=far)
-
-    hits = (leave > entry).nonzero()[:, 0]
-    if len(hits) == 0:
-        empty = rays_o.new_zeros(0)
-        return Intervals(hits, empty, empty)
-    entry, leave, anchor = entry[hits], leave[hits], anchor[hits]
-    offset = torch.zeros_like(anchor) if jitter is None else jitter[hits]
+    offset = torch.zeros_like(anchor) if jitter is None else jitter
     base = anchor + (((entry - anchor) / step_size).floor() - offset) * step_size
-    count = int(((leave - base).max() / step_size).ceil().item()) + 1
+    rays: tuple[Tensor, ...] = (rays_o, rays_d, entry, leave, base)
+    if rays_o.is_cuda:
+        # Which rays hit, and how far they go, is known on the device; to ask would be to wait for it.
+        diagonal = grid.diagonal if skip else 2.0 * math.sqrt(3.0) * radius
+        count = math.ceil(diagonal / step_size) + 3
+        hits = torch.arange(len(rays_o), device=rays_o.device)
+    else:
+        hits = (leave > entry).nonzero()[:, 0]
+        rays = tuple(part[hits] for part in rays)
+        count = int(((rays[3] - rays[4]).max() / step_size).ceil().item()) + 1 if len(hits) else 0
+    parts = [
+        _segments(*part, count=count, step_size=step_size, grid=grid if skip else None)
+        for part in zip(*(values.split(max(1, TABLE // max(1, count))) for values in (hits, *rays)), strict=True)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return Intervals(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _segments(
+    numbers: Int[Tensor, " R"],
+    rays_o: Float[Tensor, "R 3"],
+    rays_d: Float[Tensor, "R 3"],
+    entry: Float[Tensor, " R"],
+    leave: Float[Tensor, " R"],
+    base: Float[Tensor, " R"],
+    *,
+    count: int,
+    step_size: float,
+    grid: OccupancyGrid | None,
+) -> Intervals:
+    """Return those of ``count`` segments from ``base`` on whose middle lies between entry and exit, in occupied cells.
+
+    ``numbers`` are the rays' indices. A ray that misses has exit <= entry and gets none.
+    """
     starts = base[:, None] + torch.arange(count, device=base.device, dtype=base.dtype) * step_size
     middles = starts + 0.5 * step_size
     keep = (middles >= entry[:, None]) & (middles < leave[:, None])
-    if skip:
-        keep &= _occupied_along(rays_o[hits], rays_d[hits], middles, grid)
+    if grid is not None:
+        keep &= _occupied_along(rays_o, rays_d, middles, grid)
     rows, columns = keep.nonzero(as_tuple=True)
     chosen = starts[rows, columns]
-    return Intervals(hits[rows], chosen, chosen + step_size)
+    return Intervals(numbers[rows], chosen, chosen + step_size)
 
 
 def _occupied_along(

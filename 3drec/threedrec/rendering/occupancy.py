@@ -47,6 +47,7 @@ class OccupancyGrid(nn.Module):
         self.register_buffer("opacity", torch.zeros(resolution**3))
         self.register_buffer("binary", torch.ones(resolution**3, dtype=torch.bool))
         self.register_buffer("bounds", torch.tensor([[-radius] * 3, [radius] * 3]))
+        self._measured: tuple[Tensor, Tensor, tuple[int, int], tuple[float, float]] | None = None
 
     @torch.no_grad()
     def update(self, step: int, density: DensityFunction, step_size: float, generator: torch.Generator | None) -> None:
@@ -78,6 +79,25 @@ class OccupancyGrid(nn.Module):
             fresh = torch.maximum(fresh, self._test(None, density, step_size, generator))
         self.opacity = fresh
         self._binarise()
+
+    @property
+    def mean_opacity(self) -> float:
+        """Mean of the stored opacities."""
+        return self._measures()[0]
+
+    @property
+    def diagonal(self) -> float:
+        """Length of the diagonal of ``bounds``, world units."""
+        return self._measures()[1]
+
+    def _measures(self) -> tuple[float, float]:
+        """Mean opacity and diagonal; asked of the device only when the grid has changed, since asking means waiting."""
+        versions = (self.opacity._version, self.bounds._version)
+        known = self._measured
+        if known is None or known[0] is not self.opacity or known[1] is not self.bounds or known[2] != versions:
+            both = torch.stack([self.opacity.mean(), (self.bounds[1] - self.bounds[0]).norm()]).tolist()
+            known = self._measured = (self.opacity, self.bounds, versions, (both[0], both[1]))
+        return known[3]
 
     def occupied(self, points: Float[Tensor, "N 3"]) -> Bool[Tensor, " N"]:
         """Return whether the cells of world points are occupied; points outside take the nearest cell."""
@@ -112,20 +132,21 @@ class OccupancyGrid(nn.Module):
         return torch.cat(results)
 
     def _binarise(self) -> None:
-        self.binary = self.opacity > min(self.threshold, self.opacity.mean().item())
-        if not self.binary.any():
-            # An empty field would never be sampled, hence never change: look everywhere.
-            self.binary = torch.ones_like(self.binary)
-        cube = _grown(self.binary.view(self.resolution, self.resolution, self.resolution))
+        size = self.resolution
+        # All of this stays on the device: to read a number would be to wait for it.
+        occupied = self.opacity > self.opacity.mean().clamp(max=self.threshold)
+        # An empty field would never be sampled, hence never change: look everywhere.
+        cube = _grown((occupied | ~occupied.any()).view(size, size, size))
         self.binary = cube.reshape(-1)
+        numbers = torch.arange(size, device=cube.device)
         low, high = [], []
         for axis in range(3):
             others = tuple(other for other in range(3) if other != axis)
-            taken = cube.any(dim=others[1]).any(dim=others[0]).nonzero()[:, 0]
-            low.append(taken[0])
-            high.append(taken[-1] + 1)
-        corners = torch.stack([torch.stack(low), torch.stack(high)])
-        self.bounds = corners * (2 * self.radius / self.resolution) - self.radius
+            taken = cube.any(dim=others[1]).any(dim=others[0])
+            low.append(torch.where(taken, numbers, size).amin())
+            high.append(torch.where(taken, numbers, -1).amax() + 1)
+        corners = torch.stack(low + high).view(2, 3)
+        self.bounds = corners * (2 * self.radius / size) - self.radius
 
 
 def _grown(cube: Bool[Tensor, "G G G"]) -> Bool[Tensor, "G G G"]:

@@ -1,7 +1,7 @@
 """From rays to images: march, drop what cannot be seen, ask the field, shade, composite."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -11,9 +11,11 @@ from torch.nn import functional
 from threedrec.cameras import Cameras
 from threedrec.config_schema import ignored, limited
 from threedrec.errors import InputError
+from threedrec.field.backend import check_backend, use_triton
 from threedrec.field.background import NeuralEnvironmentMap, SolidBackground
+from threedrec.field.encoding import CHANNELS, HashGrid
 from threedrec.field.volume import FieldOutput, ImplicitVolume
-from threedrec.rendering.compositing import accumulate, render_weights, visible
+from threedrec.rendering.compositing import composite, visible
 from threedrec.rendering.marching import Intervals, march
 from threedrec.rendering.occupancy import OccupancyGrid, step_length
 from threedrec.rendering.recompute import PointFunction, in_parts
@@ -22,7 +24,16 @@ from threedrec.rendering.shading import DiffusePointLight, NoMaterial
 PERTURBATION = 1e-2
 """Standard deviation, world units, of the neighbours whose normals 3D smoothness compares."""
 CUDA_CHUNK = 2**17
-"""Points whose graph a GPU holds at a time: about 2 GB in their backward pass, with the released hash grid."""
+"""Points whose graph a GPU holds at a time in plain PyTorch: about 2 GB in their backward pass, with the released hash
+grid."""
+TRITON_CHUNK = 3 * 2**19
+"""The same with Triton kernels, on a GPU with memory to spare: about 4 GB in their backward pass, with normals."""
+TRITON_BYTES = 2800
+"""Of a point's graph and of what its backward pass adds, with Triton kernels, normals, two layers of 64 neurons."""
+MIN_TRANSMITTANCE = 1e-4
+"""Share of the light that must reach a sample for it to be seen."""
+LOOKUP_CHUNK = 2**20
+"""Points per call on a GPU where nothing is kept for a backward pass, with Triton kernels: about 1 GB."""
 
 
 class Samples(NamedTuple):
@@ -73,10 +84,11 @@ class VolumeRenderer(nn.Module):
         num_samples_per_ray: int = 512
         """Steps along the diagonal of the box."""
         eval_chunk_size: int = 160000
-        """Points per call of the networks outside training."""
+        """Points per call of the networks where no gradient flows; at least `LOOKUP_CHUNK` with Triton kernels."""
         train_chunk_size: int = 0
         """Points per call of the networks in training; beyond it they are computed again for the backward pass, so
-        that memory does not grow with the number of samples. 0: no limit on the CPU, `CUDA_CHUNK` on a GPU."""
+        that memory does not grow with the number of samples. 0: no limit on the CPU; on a GPU `CUDA_CHUNK` in plain
+        PyTorch, and with Triton kernels what a sixteenth of the GPU's memory holds, at most `TRITON_CHUNK`."""
         randomized: bool = True
         """In training, move each ray's samples at random by up to a step."""
         near_plane: float = 0.0
@@ -93,8 +105,12 @@ class VolumeRenderer(nn.Module):
         occupancy_threshold: float = 0.01
         occupancy_decay: float = limited(0.95, ge=0, le=1)
         occupancy_warmup_steps: int = 256
+        backend: Literal["auto", "triton", "torch"] = "auto"
+        """Of marching and compositing: "triton" (kernels for CUDA), "torch", or "auto": Triton on CUDA where it is
+        installed, else PyTorch."""
 
         def __post_init__(self) -> None:
+            check_backend(self.backend, "renderer")
             if self.estimator != "occgrid":
                 raise InputError(f"renderer.estimator: unknown {self.estimator!r}; use occgrid")
             for name in ("num_samples_per_ray", "eval_chunk_size", "occupancy_resolution", "occupancy_interval"):
@@ -130,11 +146,13 @@ class VolumeRenderer(nn.Module):
         self.geometry.update(step)
         self.material.update(step)
         if self.config.grid_prune and step % self.config.occupancy_interval == 0:
+            self.grid.chunk = self._lookup_chunk(self.grid.opacity.device)
             self.grid.update(step, self.geometry.density, self.step_size, generator)
 
     def refresh(self, generator: torch.Generator | None = None) -> None:
         """Rebuild the occupancy grid from the field as it is now; call once before evaluating a finished field."""
         if self.config.grid_prune:
+            self.grid.chunk = self._lookup_chunk(self.grid.opacity.device)
             self.grid.refresh(self.geometry.density, self.step_size, generator)
 
     def forward(
@@ -168,13 +186,13 @@ class VolumeRenderer(nn.Module):
         points = rays_o[rays] + distances * dirs
 
         field = self._field(points, wanted)
-        weights = render_weights(field.density[:, 0], intervals.lengths, rays)
         lights = None if light_positions is None else light_positions[rays]
         colors = self.material(field.features, points, field.normal, lights, shading, ambient_ratio, generator)
         background = self.background(rays_d, generator) if bg_color is None else bg_color
         perturbed = None
         if field.normal is not None and self.training and self.config.return_normal_perturb:
             perturbed = self._normal(points + PERTURBATION * _normal_like(points, generator))
+        weights, sums = self._sums(field, intervals, distances, colors, len(rays_o))
         samples = Samples(
             weights[:, None],
             field.density,
@@ -186,7 +204,7 @@ class VolumeRenderer(nn.Module):
             distances,
             intervals.lengths[:, None],
         )
-        return _composite(samples, colors, background)
+        return _over(background, sums, samples)
 
     @torch.no_grad()
     def sample(
@@ -202,21 +220,21 @@ class VolumeRenderer(nn.Module):
         if self.training and config.randomized:
             device = rays_o.device if generator is None else generator.device
             jitter = torch.rand(len(rays_o), generator=generator, device=device).to(rays_o)
-        intervals = march(
-            rays_o, rays_d, self.grid, self.step_size, config.near_plane, config.far_plane, jitter, config.grid_prune
-        )
-        points = rays_o[intervals.ray_indices] + intervals.middles[:, None] * rays_d[intervals.ray_indices]
-        density = [self.geometry.density(part)[:, 0] for part in points.split(config.eval_chunk_size)]
         min_opacity = 0.0
         if config.prune_alpha_threshold and config.grid_prune:
-            min_opacity = min(config.occupancy_threshold, self.grid.opacity.mean().item())
-        keep = visible(
-            torch.cat(density),
-            intervals.lengths,
-            intervals.ray_indices,
-            min_transmittance=1e-4,
-            min_opacity=min_opacity,
-        )
+            min_opacity = min(config.occupancy_threshold, self.grid.mean_opacity)
+        limits = (self.step_size, config.near_plane, config.far_plane)
+        if self._packs(rays_o.device):
+            from threedrec.rendering.packed_triton import march_packed, visible_packed
+
+            starts, points, offsets = march_packed(rays_o, rays_d, self.grid, *limits, jitter, config.grid_prune)
+            return visible_packed(
+                self._densities(points), starts, offsets, self.step_size, MIN_TRANSMITTANCE, min_opacity
+            )
+        intervals = march(rays_o, rays_d, self.grid, *limits, jitter, config.grid_prune)
+        points = rays_o[intervals.ray_indices] + intervals.middles[:, None] * rays_d[intervals.ray_indices]
+        density = self._densities(points)
+        keep = visible(density, intervals.lengths, intervals.ray_indices, MIN_TRANSMITTANCE, min_opacity)
         return intervals.select(keep.nonzero()[:, 0])
 
     @torch.no_grad()
@@ -242,7 +260,7 @@ class VolumeRenderer(nn.Module):
             "rgb", "opacity", "depth" and "normal" (world, unit or 0), each (B, H, W, C).
         """
         if chunk_rays is None:
-            samples = 2**25 if next(self.parameters()).is_cuda else 2**21
+            samples = 2**26 if next(self.parameters()).is_cuda else 2**21
             chunk_rays = max(1024, samples // self.config.num_samples_per_ray)
         was_training = self.training
         self.eval()
@@ -275,6 +293,24 @@ class VolumeRenderer(nn.Module):
                 parts.setdefault(name, []).append(getattr(output, name))
         return {name: torch.cat(values) for name, values in parts.items()}
 
+    def _packs(self, device: torch.device) -> bool:
+        return use_triton(self.config.backend, device, None, "renderer")
+
+    def _densities(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:
+        parts = [self.geometry.density(part)[:, 0] for part in points.split(self._lookup_chunk(points.device))]
+        return torch.cat(parts)
+
+    def _sums(
+        self, field: FieldOutput, intervals: Intervals, distances: Tensor, colors: Tensor, n_rays: int
+    ) -> tuple[Tensor, Tensor]:
+        """Weights of the samples, and what `composite` sums along the rays."""
+        values, rays = (distances, colors, field.normal), intervals.ray_indices
+        if self._packs(colors.device):
+            from threedrec.rendering.packed_triton import composite_packed
+
+            return composite_packed(field.density, self.step_size, *values, rays, n_rays)
+        return composite(field.density, intervals.lengths, *values, rays, n_rays)
+
     def _field(self, points: Float[Tensor, "N 3"], normals: bool) -> FieldOutput:
         if normals:
             return FieldOutput(*self._in_parts(lambda part: tuple(self.geometry(part, True)), points))
@@ -285,19 +321,37 @@ class VolumeRenderer(nn.Module):
         return self._in_parts(lambda part: (self.geometry.normal(part),), points)[0]
 
     def _in_parts(self, function: PointFunction, points: Float[Tensor, "N 3"]) -> tuple[Tensor, ...]:
-        size = self.config.eval_chunk_size
         if torch.is_grad_enabled():
-            size = self.config.train_chunk_size or (CUDA_CHUNK if points.is_cuda else len(points))
+            size = self.config.train_chunk_size or self._train_chunk(points)
+        else:
+            size = self._lookup_chunk(points.device)
         return in_parts(function, points, size, self.geometry.parameters())
 
+    def _train_chunk(self, points: Float[Tensor, "N 3"]) -> int:
+        """Points whose graph is held at a time where the config leaves it open."""
+        if not points.is_cuda:
+            return len(points)
+        if not self._has_kernels(points.device):
+            return CUDA_CHUNK
+        memory = torch.cuda.get_device_properties(points.device).total_memory
+        return min(TRITON_CHUNK, memory // (16 * TRITON_BYTES))
 
-def _composite(samples: Samples, colors: Float[Tensor, "N 3"], background: Float[Tensor, "R 3"]) -> RenderOutput:
-    """Sum samples along their rays and put the rest of the light onto the background."""
-    n_rays, weights, rays = len(background), samples.weights[:, 0], samples.ray_indices
-    columns = [torch.ones_like(samples.distances), samples.distances, colors]
-    if samples.normal is not None:
-        columns.append(samples.normal)
-    sums = accumulate(weights, torch.cat(columns, dim=-1), rays, n_rays)
+    def _lookup_chunk(self, device: torch.device) -> int:
+        """Points per call where nothing is kept for a backward pass."""
+        size = self.config.eval_chunk_size
+        return max(size, LOOKUP_CHUNK) if self._has_kernels(device) else size
+
+    def _has_kernels(self, device: torch.device) -> bool:
+        """Whether the field's encoding, which takes most of the memory in plain PyTorch, works by Triton kernels."""
+        encoding = getattr(self.geometry, "encoding", None)
+        if device.type != "cuda" or not isinstance(encoding, HashGrid):
+            return False
+        config = encoding.config
+        return config.n_features_per_level in CHANNELS and use_triton(config.backend, device, None, encoding.key)
+
+
+def _over(background: Float[Tensor, "R 3"], sums: Float[Tensor, "R 8"], samples: Samples) -> RenderOutput:
+    """Put the light that the samples leave onto the background."""
     opacity, depth, rgb = sums[:, :1], sums[:, 1:2], sums[:, 2:5]
     normal = functional.normalize(sums[:, 5:8], dim=-1) if samples.normal is not None else None
     return RenderOutput(rgb + background * (1.0 - opacity), background, opacity, depth, normal, samples)
