@@ -345,3 +345,7 @@ def _run_job(options: argparse.Namespace, overrides: list[str]) -> Job:
         values["seed"] = options.seed
     config = str(configs_dir() / "nvsadapter.yaml")
     return Job(mode="train", config=config, overrides=overrides, values=values, gpu=options.gpu)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -50,10 +50,12 @@ def unwrap(
     cutting = chart_options({"max_chart_area": mesh.area / _CHARTS, **(charts or {})})
     cutting.max_chart_area *= scale**2
     cutting.max_boundary_length *= scale
-    gaps = {"resolution": texture_size, "padding": 2, "bilinear": True}
+    gaps = pack_options({"resolution": texture_size, "padding": 2, "bilinear": True, **(packing or {})})
+    # Not before all options are known to be right: an atlas that goes as soon as it came can wait for its own threads
+    # for ever (a thread that has not begun to listen misses the signal to end).
     atlas = xatlas.Atlas()
     atlas.add_mesh((mesh.vertices * scale).astype(np.float32), mesh.faces.astype(np.uint32))
-    atlas.generate(cutting, pack_options({**gaps, **(packing or {})}))
+    atlas.generate(cutting, gaps)
     original, faces, uv = atlas[0]
     return Atlas(original.astype(np.int64), faces.astype(np.int64), uv.astype(np.float64))
 
