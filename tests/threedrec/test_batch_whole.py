@@ -188,6 +188,15 @@ def test_a_folder_of_somebody_else_is_left_alone(config, tmp_path):
     assert (tmp_path / "run" / "thesis.txt").read_text() == "precious"
 
 
+@pytest.mark.parametrize("leftover", [".task.json.0bbfd16a-1394.tmp.json", ".writable-k3v9"])
+def test_a_folder_whose_claim_was_cut_by_a_kill_is_taken(config, tmp_path, leftover):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / leftover).write_text("")
+    host = Host(stop=lambda: True)
+    assert reconstruct(task_of(config, tmp_path / "run"), host).status == "interrupted"
+    assert not (tmp_path / "run" / leftover).exists()
+
+
 def test_the_next_image_is_read_ahead(config, tmp_path):
     given = []
 

@@ -183,7 +183,7 @@ def _open_folder(task: Task, folder: Path) -> Path | None:
     marker = {"input": task.input, "hash": task.hash, "config": task.fingerprint}
     checkpoint = folder / "ckpts" / "last.ckpt"
     if folder.is_dir() and any(folder.iterdir()):
-        if not (folder / MARKER).is_file():
+        if not (folder / MARKER).is_file() and not all(_is_half_written(path) for path in folder.iterdir()):
             raise InputError(f"{folder}: holds files that are not of a batch; move them")
         if not task.afresh and checkpoint.is_file() and _marker(folder) == marker:
             return checkpoint
@@ -191,6 +191,13 @@ def _open_folder(task: Task, folder: Path) -> Path | None:
     ensure_writable(folder)
     write_json(folder / MARKER, marker)
     return None
+
+
+def _is_half_written(path: Path) -> bool:
+    """Whether a process that was killed while it made the folder its own left this: before the marker there is only the
+    probe of `ensure_writable` and the marker's own temporary file.
+    """
+    return path.name.startswith((".writable-", f".{MARKER}."))
 
 
 def _marker(folder: Path) -> Any:
