@@ -144,6 +144,8 @@ def test_meshes_are_scored(command, meshes, tmp_path):
 )
 def test_evaluations_mistakes_are_one_line(command, meshes, tmp_path, monkeypatch, line, words):
     monkeypatch.chdir(tmp_path)
+    if "--training-views" in line:
+        needs_vtk()
     code, said = command("evaluate", *line.split())
     assert code == 2 and said[-1].startswith("error: ") and words in said[-1]
     assert not (tmp_path / "out").exists()
