@@ -194,8 +194,9 @@ def _open_folder(task: Task, folder: Path) -> Path | None:
 
 
 def _is_half_written(path: Path) -> bool:
-    """Whether a process that was killed while it made the folder its own left this: before the marker there is only the
-    probe of `ensure_writable` and the marker's own temporary file.
+    """Whether a process that was killed while it made the folder its own left this.
+
+    Before the marker there is only the probe of `ensure_writable` and the marker's own temporary file.
     """
     return path.name.startswith((".writable-", f".{MARKER}."))
 
