@@ -10,7 +10,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parent / "3drec"))
 
 from threedrec.cli import Parser
 from threedrec.errors import InputError
-from threedrec.terminal import command_line, guarded, setup_logging
+from threedrec.terminal import add_message_options, command_line, guarded, setup_logging
 
 EXAMPLES = """\
 examples:
@@ -52,8 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--export", metavar="CKPT", help="write the weights of a checkpoint as an adapter folder, and end")
     add("-o", "--output", metavar="DIR", help="folder for --export")
     add("--raw", action="store_true", help="with --export: the last weights, not their moving average")
-    add("--verbose", action="store_true", help="show debug lines and warnings of libraries")
-    add("--debug", action="store_true", help="show the traceback of a user's mistake too")
+    add_message_options(parser)
     add("overrides", metavar="key=value", nargs="*", help="any key of the configs, after --")
     return parser
 

@@ -11,7 +11,8 @@ INTERPRET = "TRITON_INTERPRET"
 
 
 @functools.cache
-def _is_installed() -> bool:
+def is_installed() -> bool:
+    """Whether Triton is there; PyTorch for CUDA brings it along."""
     return importlib.util.find_spec("triton") is not None
 
 
@@ -22,7 +23,7 @@ def is_interpreted() -> bool:
 
 def has_triton(device: torch.device) -> bool:
     """Whether kernels run on tensors of a device: Triton is there, and so is a GPU or its interpreter."""
-    return _is_installed() and (device.type == "cuda" or is_interpreted())
+    return is_installed() and (device.type == "cuda" or is_interpreted())
 
 
 def current(device: torch.device) -> AbstractContextManager[object]:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from threedrec.terminal import command_line, guarded
+from threedrec.terminal import add_message_options, command_line, guarded
 
 if TYPE_CHECKING:
     from threedrec.batch import BatchOptions
@@ -65,8 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--resume", action="store_true", help="go on with the batch in DIR; without one, begin")
     add("--retry-failed", action="store_true", help="with --resume: try again what has failed for good")
     add("--dry-run", action="store_true", help="say what would be done, and do nothing")
-    add("--verbose", action="store_true", help="show debug lines and warnings of libraries")
-    add("--debug", action="store_true", help="show the traceback of a user's mistake too")
+    add_message_options(parser)
     # Only for --help: overrides may stand anywhere between the options, which a positional argument cannot.
     parser.usage = f"{parser.format_usage().removeprefix('usage: ').strip()} [key=value ...]"
 

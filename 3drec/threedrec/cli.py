@@ -10,7 +10,7 @@ from threedrec import __version__
 from threedrec.errors import InputError
 from threedrec.launch import Job, Mode, run_job
 from threedrec.registry import nearest
-from threedrec.terminal import command_line, guarded, setup_logging
+from threedrec.terminal import add_message_options, command_line, guarded, setup_logging
 
 LAUNCH_EXAMPLES = """\
 examples:
@@ -136,8 +136,7 @@ def _add_views_command(commands: Any) -> None:
     add("--dtype", metavar="T", default="auto", help="auto (fp16 for released weights on a GPU), fp32, fp16 or bf16")
     add("--offload", metavar="O", default="none", help="GPU memory: none (default), model or sequential")
     add("--gpu", default="auto", metavar="G", help="auto (default), cpu, or a CUDA id such as 0")
-    add("--verbose", action="store_true", help="show debug lines and warnings of libraries")
-    add("--debug", action="store_true", help="show the traceback of a user's mistake too")
+    add_message_options(views)
     views.set_defaults(start=partial(_start_plain, _run_views))
 
 
@@ -162,8 +161,7 @@ def _add_doctor_command(commands: Any) -> None:
         "Ends with 0 when `3drec run` can run here, otherwise with 2.",
     )
     doctor.add_argument("--json", action="store_true", help="as JSON on stdout")
-    doctor.add_argument("--verbose", action="store_true", help="show debug lines and warnings of libraries")
-    doctor.add_argument("--debug", action="store_true", help="show the traceback of a user's mistake too")
+    add_message_options(doctor)
     doctor.set_defaults(start=partial(_start_plain, _run_doctor))
 
 
@@ -241,8 +239,7 @@ def _add_launch_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpu", default="auto", metavar="G", help="auto (default), cpu, or CUDA ids such as 0 or 0,1")
-    parser.add_argument("--verbose", action="store_true", help="show debug lines and warnings of libraries")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of a user's mistake too")
+    add_message_options(parser)
     # Only for --help: overrides may stand anywhere between the options, which a positional argument cannot.
     parser.usage = f"{parser.format_usage().removeprefix('usage: ').strip()} [key=value ...]"
 

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from threedrec.terminal import EXIT_BUG, EXIT_OK, command_line, guarded
+from threedrec.terminal import EXIT_BUG, EXIT_OK, add_message_options, command_line, guarded
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-o", "--output", metavar="DIR", required=True, help="folder for the results")
     add("--no-aligned", action="store_true", help="leave out the scores after alignment")
     for part in (views, mesh):
-        part.add_argument("--verbose", action="store_true", help="show debug lines and warnings of libraries")
-        part.add_argument("--debug", action="store_true", help="show the traceback of a user's mistake too")
+        add_message_options(part)
 
 
 def start(options: argparse.Namespace, again: Sequence[str]) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from threedrec.errors import InputError
-from threedrec.terminal import EXIT_BUG, EXIT_OK, command_line, guarded
+from threedrec.terminal import EXIT_BUG, EXIT_OK, add_message_options, command_line, guarded
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", metavar="N", type=int, default=0, help="seed of the cameras (default 0)")
     add("--processes", metavar="N", type=int, default=1, help="meshes rendered at once (default 1)")
     add("--limit", metavar="N", type=int, default=None, help="the first N meshes only")
-    add("--verbose", action="store_true", help="show debug lines and warnings of libraries")
-    add("--debug", action="store_true", help="show the traceback of a user's mistake too")
+    add_message_options(parser)
 
 
 def start(options: argparse.Namespace, again: Sequence[str]) -> int:

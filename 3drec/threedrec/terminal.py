@@ -1,5 +1,6 @@
 """What the commands say in the terminal: log lines on stderr, and one line for each kind of ending."""
 
+import argparse
 import errno
 import logging
 import os
@@ -17,6 +18,12 @@ DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROF
 """Failures to write or read that the user can mend."""
 
 _OUT_OF_MEMORY = "out of GPU memory: lower data.random_camera.batch_size or height, or take recipe=mini-gpu"
+
+
+def add_message_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--verbose`` and ``--debug``, which every command has."""
+    parser.add_argument("--verbose", action="store_true", help="show debug lines and warnings of libraries")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a user's mistake too")
 
 
 def setup_logging(verbose: bool = False) -> None:

@@ -17,6 +17,7 @@ from nvsadapter_guidance.weight_files import (
     known_files,
 )
 from threedrec.errors import InputError
+from threedrec.terminal import add_message_options
 
 if TYPE_CHECKING:
     from nvsadapter_guidance.checkpoints import CheckpointReport
@@ -66,8 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     convert.add_argument("--config", metavar="YAML", default=None, help="its configuration (default: YAML beside it)")
     convert.add_argument("--raw", action="store_true", help="take the raw weights, not their average (EMA)")
     for action in (listing, fetch, verify, convert):
-        action.add_argument("--verbose", action="store_true", help="show debug lines and warnings of libraries")
-        action.add_argument("--debug", action="store_true", help="show the traceback of a user's mistake too")
+        add_message_options(action)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -304,7 +304,7 @@ def test_triton_is_refused_without_a_gpu(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_auto_says_once_why_it_cannot_take_triton_on_a_gpu(monkeypatch: pytest.MonkeyPatch, caplog):
-    monkeypatch.setattr(backend, "_installed", lambda: False)
+    monkeypatch.setattr(backend, "is_installed", lambda: False)
     backend._say.cache_clear()
     for _ in range(2):
         assert not backend.use_triton("auto", torch.device("cuda"), None, "grid")

@@ -1,12 +1,11 @@
 """Which implementation a part of the field takes: Triton kernels on a GPU, plain PyTorch elsewhere."""
 
-import importlib.util
 import logging
-import os
 from functools import lru_cache
 
 import torch
 
+from nvsadapter_guidance.triton_support import is_installed, is_interpreted
 from threedrec.errors import InputError
 
 BACKENDS = ("auto", "triton", "torch")
@@ -47,14 +46,9 @@ def check_backend(backend: str, key: str) -> None:
 
 
 def _missing(device_type: str) -> str | None:
-    if device_type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if device_type != "cuda" and not is_interpreted():
         return "the device is no CUDA GPU"
-    return None if _installed() else "Triton is not installed (pip install triton)"
-
-
-@lru_cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+    return None if is_installed() else "Triton is not installed (pip install triton)"
 
 
 @lru_cache

@@ -116,24 +116,25 @@ def extract_isosurface(
     if distances is not None:
         field = np.minimum(field, _level((radius - distances) / grid.spacing))
     if not (field > 0).any():
-        raise InputError(
-            f"the field is empty: its largest density, {density.max():.4g}, does not pass the threshold {cut:.4g}, so "
-            "there is no mesh to export; train it longer, or lower system.exporter.isosurface_threshold"
-        )
+        raise _empty(f"its largest density, {density.max():.4g}, does not pass the threshold {cut:.4g}")
     if smoothing > 0:
         field = smoothed(field, smoothing, torch.device(device))
     field, factor = _limit_crossings(field)
     field = keep_solid(np.pad(field, 1, constant_values=-1.0), keep_components)
     if not (field > 0).any():
-        raise InputError(
-            f"the field is empty: what passes the threshold {cut:.4g} is thinner than a voxel, so there is no mesh to "
-            "export; train it longer, or lower system.exporter.isosurface_threshold"
-        )
+        raise _empty(f"what passes the threshold {cut:.4g} is thinner than a voxel")
     index, faces = mcubes.marching_cubes(field.astype(np.float64), 0.0)
     faces = faces.astype(np.int64)
     vertices = grid.points((index - 1.0 + 0.5) * factor - 0.5)  # the padding shifted the indices by one
     mesh = Mesh(vertices, faces)
     return Isosurface(mesh if mesh.volume > 0 else Mesh(vertices, faces[:, ::-1].copy()), cut, factor > 1)
+
+
+def _empty(reason: str) -> InputError:
+    return InputError(
+        f"the field is empty: {reason}, so there is no mesh to export; train it longer, or lower "
+        "system.exporter.isosurface_threshold"
+    )
 
 
 def sample_density(
