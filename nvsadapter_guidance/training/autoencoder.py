@@ -80,7 +80,7 @@ def random_crops(bank: ViewBank, count: int, size: int, generator: torch.Generat
 
 
 def _random_views(bank: ViewBank, count: int, generator: torch.Generator) -> Float[Tensor, "B H W 4"]:
-    index = sample_batch(bank, count, 1, generator, level_share=0.0, highest_support=90.0)
+    index = sample_batch(bank, count, 1, generator, level_share=0.0, highest_support=90.0, front_share=0.0)
     return augment(take(bank, index), generator).rgba[:, 1]
 
 

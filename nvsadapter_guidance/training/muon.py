@@ -6,10 +6,13 @@ al. 2025 (arXiv 2502.16982, Eq. 4), so that one learning rate and one weight dec
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from nvsadapter_guidance.cuda_graphs import capture
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration that drives every singular value towards one."""
@@ -56,6 +59,9 @@ def orthogonalise_all(updates: Sequence[Tensor]) -> list[Tensor]:
 class Muon(torch.optim.Optimizer):
     """Muon for tensors with at least two dimensions; kernels are read as (out, in * height * width) matrices.
 
+    On a GPU an update is captured once and replayed: it is made of thousands of small kernels, whose launches take
+    longer than they do.
+
     Args:
         params: the weight matrices and kernels of hidden layers.
         lr: learning rate on Adam's scale.
@@ -67,25 +73,78 @@ class Muon(torch.optim.Optimizer):
         self, params: Iterable[Tensor], lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.01
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self._captured: dict[int, CapturedUpdate] = {}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Apply one update."""
-        for group in self.param_groups:
+        for index, group in enumerate(self.param_groups):
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
             for p in params:
                 if "momentum" not in self.state[p]:
                     self.state[p]["momentum"] = torch.zeros_like(p)
-            gradients = [p.grad for p in params]
-            momenta = [self.state[p]["momentum"] for p in params]
-            torch._foreach_lerp_(momenta, gradients, 1.0 - group["momentum"])
-            updates = orthogonalise_all(torch._foreach_lerp(gradients, momenta, group["momentum"]))
-            # 0.2 is the usual root-mean-square of an Adam update.
-            sizes = [-0.2 * group["lr"] * max(p.flatten(1).shape) ** 0.5 for p in params]
-            torch._foreach_mul_(params, 1.0 - group["lr"] * group["weight_decay"])
-            torch._foreach_add_(params, torch._foreach_mul(updates, sizes))
+            gradients, momenta = [p.grad for p in params], [self.state[p]["momentum"] for p in params]
+            if not all(p.is_cuda for p in params):
+                muon_update(
+                    params, momenta, gradients, torch.tensor(group["lr"]), group["momentum"], group["weight_decay"]
+                )
+                continue
+            captured = self._captured.get(index)
+            if captured is None or not captured.is_of(params, momenta, group):
+                self._captured[index] = captured = CapturedUpdate(params, momenta, gradients, group)
+            captured(gradients, group["lr"])
+
+
+def muon_update(
+    params: list[Tensor],
+    momenta: list[Tensor],
+    gradients: list[Tensor],
+    lr: Float[Tensor, ""],
+    momentum: float,
+    weight_decay: float,
+) -> None:
+    """Move parameters and their momenta, in place."""
+    torch._foreach_lerp_(momenta, gradients, 1.0 - momentum)
+    updates = orthogonalise_all(torch._foreach_lerp(gradients, momenta, momentum))
+    # 0.2 is the usual root-mean-square of an Adam update.
+    sizes = [-0.2 * max(p.flatten(1).shape) ** 0.5 for p in params]
+    torch._foreach_mul_(params, 1.0 - lr * weight_decay)
+    torch._foreach_add_(params, torch._foreach_mul(torch._foreach_mul(updates, sizes), lr))
+
+
+class CapturedUpdate:
+    """`muon_update` on a GPU as one launch, for the tensors that it is made with."""
+
+    def __init__(
+        self, params: list[Tensor], momenta: list[Tensor], gradients: list[Tensor], group: dict[str, Any]
+    ) -> None:
+        self._key = self._key_of(params, momenta, group)
+        self._gradients = [g.clone() for g in gradients]
+        self._lr = torch.tensor(group["lr"], device=params[0].device)
+        state = [*params, *momenta]
+        before = [t.clone() for t in state]
+        momentum, decay = group["momentum"], group["weight_decay"]
+        self._graph, _ = capture(
+            lambda: muon_update(params, momenta, self._gradients, self._lr, momentum, decay), pool=None
+        )
+        # Warming up for the capture has moved everything.
+        torch._foreach_copy_(state, before)
+
+    def is_of(self, params: list[Tensor], momenta: list[Tensor], group: dict[str, Any]) -> bool:
+        """Whether it moves these tensors, where they lie now, with these constants."""
+        return self._key == self._key_of(params, momenta, group)
+
+    @staticmethod
+    def _key_of(params: list[Tensor], momenta: list[Tensor], group: dict[str, Any]) -> tuple[float, ...]:
+        return (group["momentum"], group["weight_decay"], *(t.data_ptr() for t in (*params, *momenta)))
+
+    def __call__(self, gradients: list[Tensor], lr: float) -> None:
+        """Apply one update."""
+        torch._foreach_copy_(self._gradients, gradients)
+        self._lr.fill_(lr)
+        self._graph.replay()
 
 
 def split_parameters(module: torch.nn.Module, first_and_last: tuple[str, ...]) -> tuple[list[Tensor], list[Tensor]]:

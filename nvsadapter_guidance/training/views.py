@@ -139,6 +139,7 @@ def sample_batch(
     *,
     level_share: float = 0.75,
     highest_support: float = 35.0,
+    front_share: float = 0.35,
 ) -> ViewIndex:
     """Draw objects, a support view of each, and distinct other views of it as queries.
 
@@ -150,6 +151,8 @@ def sample_batch(
         level_share: share of draws whose support view is at elevation 0, as photographs of objects mostly are.
         highest_support: the other draws' support views lie at or below this elevation in degrees. Where an object
             has no view of the kind wanted, any of its views is taken.
+        front_share: share of draws whose support is one of those within 25 degrees of azimuth 0, where it has any:
+            meshes stand with their front there, and it is mostly fronts that people photograph.
 
     Raises:
         InputError: ``num_query`` is not between 1 and one less than the number of views.
@@ -165,6 +168,9 @@ def sample_batch(
     wants_level = torch.rand((batch, 1), generator=generator, device=device) < level_share
     wanted = torch.where(wants_level, level, low).float()
     weights = torch.where(wanted.sum(1, keepdim=True) > 0, wanted, torch.ones_like(wanted))
+    wants_front = torch.rand((batch, 1), generator=generator, device=device) < front_share
+    front = weights * (relative_azimuth(bank.azimuth[objects], 0.0).abs() <= 25.0)
+    weights = torch.where(wants_front & (front.sum(1, keepdim=True) > 0), front, weights)
     support = torch.multinomial(weights, 1, generator=generator)
     order = torch.rand((batch, views), generator=generator, device=device).scatter(1, support, 2.0)
     return ViewIndex(objects, support[:, 0], order.topk(num_query, dim=1, largest=False).indices)
@@ -184,6 +190,6 @@ def composite(rgba: Float[Tensor, "*b h w 4"], background: float = 1.0) -> Float
     return rgba[..., :3] * alpha + background * (1 - alpha)
 
 
-def relative_azimuth(azimuth: Float[Tensor, "*b"], support: Float[Tensor, "*b"]) -> Float[Tensor, "*b"]:
+def relative_azimuth(azimuth: Float[Tensor, "*b"], support: Float[Tensor, "*b"] | float) -> Float[Tensor, "*b"]:
     """``azimuth - support`` in [-180, 180) degrees (arguments broadcast)."""
     return torch.remainder(azimuth - support + 180, 360) - 180

@@ -285,7 +285,8 @@ def test_damaged_folders_end_in_one_line(folder, tmp_path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("offload", ["enable_model_cpu_offload", "enable_sequential_cpu_offload"])
-def test_offloading_changes_nothing_but_the_place(image, offload) -> None:
+def test_offloading_changes_nothing_but_the_place(image, offload, monkeypatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # whose rounding differs between kernels
     options = {**EIGHT, "num_inference_steps": 2, "output_type": "np"}
     plain = quiet(NVSAdapterPipeline.from_model(tiny_nvs_model())).to("cuda")
     expected = plain(image, generator=torch.Generator("cuda").manual_seed(0), **options).images

@@ -16,7 +16,7 @@ from nvsadapter_guidance.training.autoencoder import (
     train_autoencoder,
 )
 from nvsadapter_guidance.training.colour_start import carry_colours
-from nvsadapter_guidance.training.muon import Muon, orthogonalise, orthogonalise_all, split_parameters
+from nvsadapter_guidance.training.muon import Muon, muon_update, orthogonalise, orthogonalise_all, split_parameters
 from nvsadapter_guidance.training.pretrain import (
     FIRST_AND_LAST,
     Pretrainer,
@@ -76,6 +76,26 @@ def test_muon_steps_have_the_size_of_adam_steps() -> None:
     weight.grad = torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
     optimiser.step()
     assert weight.detach().square().mean().sqrt() == pytest.approx(0.2, rel=0.3)
+
+
+@pytest.mark.gpu
+def test_a_captured_update_is_the_update() -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = ((16, 48), (48, 16), (10, 3, 3, 3))
+    first = [torch.randn(shape, generator=generator, device="cuda") for shape in shapes]
+    first[2] = first[2].to(memory_format=torch.channels_last)
+    plain, momenta = [t.clone() for t in first], [torch.zeros_like(t) for t in first]
+    weights = [t.clone().requires_grad_() for t in first]
+    optimiser = Muon(weights, weight_decay=0.1)
+    for lr in (0.1, 0.03, 0.01):
+        gradients = [torch.randn(t.shape, generator=generator, device="cuda") for t in first]
+        muon_update(plain, momenta, gradients, torch.tensor(lr, device="cuda"), 0.95, 0.1)
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient
+        optimiser.param_groups[0]["lr"] = lr
+        optimiser.step()
+    for weight, expected in zip(weights, plain, strict=True):
+        assert torch.allclose(weight, expected, atol=1e-5)
 
 
 def test_parameters_are_divided_without_loss() -> None:

@@ -67,6 +67,14 @@ def test_support_views_are_level_in_three_draws_of_four_and_never_high():
     assert elevation.max() <= 35
 
 
+def test_a_share_of_support_views_shows_the_front():
+    bank = make_bank()
+    index = sample_batch(bank, 4000, 1, seeded(), level_share=1.0, front_share=0.4)
+    front = bank.azimuth[index.objects, index.support] == 0
+    # one of the three level views is a front, and the other 60 % of draws take any of them
+    assert front.float().mean().item() == pytest.approx(0.4 + 0.6 / 3, abs=0.03)
+
+
 def test_objects_without_level_views_still_serve():
     bank = make_bank()
     high = ViewBank(bank.rgba, bank.azimuth, torch.full_like(bank.elevation, 60.0), bank.distance, bank.names)
