@@ -3,6 +3,8 @@ r"""Train the embedded model from rendered views: autoencoder first, then UNet, 
     python scripts/train_mini.py --views data/views/train.tar --validation data/views/val.tar \
         -o outputs/mini --seconds 900 --procedural 2048
 
+``--meshes FOLDER`` renders views on the training device instead of reading them, other ones at every start.
+
 On several GPUs: ``torchrun --nproc_per_node=2 scripts/train_mini.py ...``; the batch size is that of one of them.
 There, the first process trains the autoencoder while the others render the procedural objects.
 
@@ -30,6 +32,7 @@ from nvsadapter_guidance.model import CONFIG_NAME, HALF_PRECISION, WEIGHTS_NAME,
 from nvsadapter_guidance.quantise import dequantise_state_dict, quantise_state_dict
 from nvsadapter_guidance.training.autoencoder import AutoencoderTraining, measure, train_autoencoder
 from nvsadapter_guidance.training.colour_start import carry_colours
+from nvsadapter_guidance.training.mesh_bank import render_bank
 from nvsadapter_guidance.training.pretrain import Pretrainer, Pretraining, clock_of_first, encode_banks
 from nvsadapter_guidance.training.procedural import render_procedural
 from nvsadapter_guidance.training.validate import validate_views
@@ -46,7 +49,9 @@ WORST_COLOUR_ERROR = 0.4
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--views", type=Path, nargs="+", required=True, help="training views (.tar, one or several)")
+    parser.add_argument("--views", type=Path, nargs="*", default=[], help="training views (.tar, one or several)")
+    parser.add_argument("--meshes", type=Path, nargs="*", default=[], help="folders of meshes to render on the device")
+    parser.add_argument("--views-per-mesh", type=int, default=40, help="of each of --meshes, a multiple of 5")
     parser.add_argument("--validation", type=Path, required=True, help="validation views (.tar)")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for weights, state and metrics")
     parser.add_argument("--config", type=Path, default=ROOT / "configs/mini/model.json", help="shape of the model")
@@ -78,6 +83,23 @@ def procedural_bank(count: int, device: torch.device) -> ViewBank:
     bank = render_procedural(count, torch.Generator(device).manual_seed(1 + RANK), compiled=False)
     log.info("rendered %d procedural objects in %.1f s", count, time.perf_counter() - start)
     return bank
+
+
+def mesh_banks(arguments: argparse.Namespace, device: torch.device) -> list[ViewBank]:
+    """Views of meshes: read, or rendered here; then other ones in every process and at every time.
+
+    Raises:
+        InputError: there are none, or they cannot be read.
+    """
+    banks = [load_tar(path).to(device) for path in arguments.views]
+    seed = int(time.time()) + RANK
+    for folder in arguments.meshes:
+        start = time.perf_counter()
+        banks.append(render_bank(folder, arguments.views_per_mesh, device, seed))
+        log.info("rendered the meshes of %s in %.1f s", folder, time.perf_counter() - start)
+    if not banks:
+        raise InputError("nothing to train on: give --views (.tar) or --meshes (folders with an index.json)")
+    return banks
 
 
 def build_model(arguments: argparse.Namespace, device: torch.device) -> NVSModel:
@@ -156,7 +178,7 @@ def prepare_training(
     arguments: argparse.Namespace, device: torch.device, config: Pretraining, metrics: dict[str, Any]
 ) -> Pretrainer:
     """Load the views, train or load the autoencoder, encode everything, restore the state."""
-    banks = [load_tar(path).to(device) for path in arguments.views]
+    banks = mesh_banks(arguments, device)
     model = build_model(arguments, device)
     if arguments.procedural and (RANK > 0 or WORLD == 1):
         banks.append(procedural_bank(arguments.procedural, device))
@@ -167,7 +189,9 @@ def prepare_training(
         model.vae.register_to_config(scaling_factor=state["scaling_factor"])
         config.seed += state["step"]
         metrics["autoencoder"] = state["autoencoder"]
-    elif not arguments.start_from:
+    elif arguments.start_from:
+        metrics["autoencoder"] = measure(model.vae, banks[0], torch.Generator(device).manual_seed(0))
+    else:
         if RANK == 0:
             metrics["autoencoder"] = train_or_load_autoencoder(arguments, model, banks)
             log.info("autoencoder: %s", metrics["autoencoder"])
@@ -175,7 +199,9 @@ def prepare_training(
         share_autoencoder(model)
     config.seed += 1000 * RANK
     start = time.perf_counter()
-    trainer = Pretrainer(model, encode_banks(model, banks, config, pooled=len(arguments.views)), config)
+    trainer = Pretrainer(
+        model, encode_banks(model, banks, config, pooled=len(arguments.views) + len(arguments.meshes)), config
+    )
     log.info("encoded the views in %.1f s", time.perf_counter() - start)
     if arguments.resume:
         trainer.load(state)
@@ -231,7 +257,7 @@ def main() -> None:
     metrics: dict[str, Any] = {"arguments": {k: str(v) for k, v in vars(arguments).items()}}
     if arguments.autoencoder_only:
         model = build_model(arguments, device)
-        scores = train_or_load_autoencoder(arguments, model, [load_tar(path).to(device) for path in arguments.views])
+        scores = train_or_load_autoencoder(arguments, model, mesh_banks(arguments, device))
         log.info("autoencoder: %s", scores)
         save_autoencoder(model, arguments, scores)
         return

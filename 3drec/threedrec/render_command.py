@@ -19,6 +19,7 @@ examples:
   3drec render meshes/ -o views                        twelve views of every mesh below meshes/
   3drec render chair.glb robot.obj -o views --size 256
   3drec render meshes/ -o views --processes 4          four at once; the same command goes on after an interruption
+  3drec render meshes/ -o views --renderer torch       on a GPU; needs no VTK
 
 Writes DIR/NAME/000.png (RGBA) and DIR/NAME/000.npy (3x4, world to camera, Blender's axes), … 011, as the renderings of
 Zero-1-to-3 have them; DIR/valid_paths.json lists the objects for scripts/objaverse_renderings_to_webdataset.py.
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--distances", metavar="D", nargs=2, type=float, default=[1.5, 2.2], help="of the cameras (default 1.5 2.2)")
     add("--elevations", metavar="DEG", nargs=2, type=float, default=[-90.0, 90.0], help="range (default -90 90)")
     add("--seed", metavar="N", type=int, default=0, help="seed of the cameras (default 0)")
+    add("--renderer", metavar="R", default="vtk", help="vtk (default): in software; torch: on a GPU if there is one")
     add("--processes", metavar="N", type=int, default=1, help="meshes rendered at once (default 1)")
     add("--limit", metavar="N", type=int, default=None, help="the first N meshes only")
     add_message_options(parser)
@@ -85,13 +87,15 @@ def run(options: argparse.Namespace) -> list[str]:
         lowest=options.elevations[0],
         highest=options.elevations[1],
         seed=options.seed,
+        renderer=options.renderer,
     )
     for name in ("processes", "limit"):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise InputError(f"--{name} {value}: use 1 or more")
     meshes = dict(list(find_meshes(Path(path) for path in options.meshes).items())[: options.limit])
-    check_rendering()
+    if options.renderer == "vtk":
+        check_rendering()
     ensure_writable(Path(options.output))
     outcomes = []
     with progress_bar(f"{len(meshes)} meshes", len(meshes)) as advance:

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -20,10 +21,13 @@ import torch
 from nvsadapter_guidance.errors import InputError
 from nvsadapter_guidance.training.mesh_dataset import ViewSet, object_generator
 from nvsadapter_guidance.training.mesh_files import FITS, Fit, load_parts
-from nvsadapter_guidance.training.render_meshes import MeshRenderer
+from nvsadapter_guidance.training.render_meshes import Camera, MeshRenderer
+from nvsadapter_guidance.training.render_torch import TorchMeshRenderer
 from nvsadapter_guidance.training.zero123 import VIEWS_PER_OBJECT, camera_matrix, encode_views
 
 SETTINGS_FILE, PATHS_FILE, BROKEN_FILE = "render.json", "valid_paths.json", "broken.json"
+RendererName = Literal["vtk", "torch"]
+RENDERERS = get_args(RendererName)
 NEAREST = 1.01
 """Smallest distance of a camera: outside of the cube of side 1, with room for the near plane."""
 
@@ -49,6 +53,8 @@ class RenderOptions:
     """Degrees of elevation."""
     highest: float = 90.0
     seed: int = 0
+    renderer: RendererName = "vtk"
+    """``vtk`` draws in software, ``torch`` in plain PyTorch on a GPU; they differ in a few pixels at edges."""
 
     def __post_init__(self) -> None:
         for name, low, high in (("views", 1, 1000), ("size", 8, 4096), ("supersample", 1, 8)):
@@ -56,6 +62,8 @@ class RenderOptions:
                 raise InputError(f"{name} is {getattr(self, name)}; use {low} to {high}")
         if self.fit not in FITS:
             raise InputError(f"fit '{self.fit}' is unknown; use one of {', '.join(FITS)}")
+        if self.renderer not in RENDERERS:
+            raise InputError(f"renderer '{self.renderer}' is unknown; use one of {', '.join(RENDERERS)}")
         if not NEAREST <= self.nearest <= self.farthest < math.inf:
             raise InputError(f"distances are {self.nearest} to {self.farthest}; use {NEAREST} or more, nearest first")
         if not -90.0 <= self.lowest <= self.highest <= 90.0:
@@ -72,7 +80,7 @@ class Rendered:
     was_there: bool = False
 
 
-def sphere_cameras(name: str, options: RenderOptions) -> list[tuple[float, float, float]]:
+def sphere_cameras(name: str, options: RenderOptions) -> list[Camera]:
     """Azimuth, elevation (degrees) and distance of an object's cameras; the same ones at every call.
 
     Directions are uniform on the sphere between the elevations, distances uniform.
@@ -102,7 +110,7 @@ def render_folder(
         every mesh when it is done, in order.
 
     Raises:
-        InputError: VTK is missing, or the folder holds views of other options.
+        InputError: VTK is asked for and missing, or the folder holds views of other options.
     """
     _keep_settings(output, options)
     outcomes = []
@@ -124,12 +132,23 @@ def render_folder(
         (output / BROKEN_FILE).unlink(missing_ok=True)
 
 
-def render_views(renderer: MeshRenderer, cameras: ViewSet | list[tuple[float, float, float]]) -> np.ndarray:
+def open_renderer(kind: RendererName, size: int, supersample: int) -> MeshRenderer | TorchMeshRenderer:
+    """A renderer that keeps nothing but its window: ``vtk`` on the CPU, ``torch`` on a GPU where there is one.
+
+    Raises:
+        InputError: VTK is asked for and missing.
+    """
+    if kind == "torch":
+        return TorchMeshRenderer(size, supersample, "cuda" if torch.cuda.is_available() else "cpu")
+    return MeshRenderer(size, supersample)
+
+
+def render_views(renderer: MeshRenderer | TorchMeshRenderer, cameras: ViewSet | list[Camera]) -> np.ndarray:
     """Views ``(V, size, size, 4)`` of the mesh in the renderer, straight-alpha bytes."""
     if isinstance(cameras, ViewSet):
         angles = zip(cameras.azimuth, cameras.elevation, strict=True)
         cameras = [(azimuth, elevation, cameras.distance) for azimuth, elevation in angles]
-    return np.stack([renderer.render(*camera) for camera in cameras])
+    return renderer.render_all(cameras).cpu().numpy()
 
 
 def _keep_settings(output: Path, options: RenderOptions) -> None:
@@ -146,7 +165,9 @@ def _keep_settings(output: Path, options: RenderOptions) -> None:
     _write_json(path, values)
 
 
-_RENDERER: dict[tuple[int, int], MeshRenderer] = {}  # one window per process: opening one takes a second
+_RENDERER: dict[
+    tuple[RendererName, int, int], MeshRenderer | TorchMeshRenderer
+] = {}  # one window per process: opening one takes a second
 
 
 def _render_one(item: tuple[str, Path], output: Path, options: RenderOptions) -> Rendered:
@@ -154,10 +175,10 @@ def _render_one(item: tuple[str, Path], output: Path, options: RenderOptions) ->
     target = output / name
     if target.is_dir():
         return Rendered(name, was_there=True)
-    size = (options.size, options.supersample)
-    if size not in _RENDERER:
-        _RENDERER[size] = MeshRenderer(*size)
-    renderer = _RENDERER[size]
+    wanted = (options.renderer, options.size, options.supersample)
+    if wanted not in _RENDERER:
+        _RENDERER[wanted] = open_renderer(*wanted)
+    renderer = _RENDERER[wanted]
     try:
         renderer.show(load_parts(path, options.fit))
     except InputError as error:

@@ -11,15 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
+from torch import Tensor
 
 from nvsadapter_guidance.errors import InputError
 from nvsadapter_guidance.training.lights import AMBIENT, LIGHTS
+from nvsadapter_guidance.training.mesh_files import load_parts
 
 DISTANCE = 1.5  # of the camera from the origin, in units where an object has radius at most 0.5
 FOVY = 49.1  # degrees
 SMOOTHING_ANGLE = 40.0  # degrees between faces above which an edge is drawn sharp
+
+Camera = tuple[float, float, float]
+"""Azimuth and elevation in degrees, distance from the origin."""
 
 
 def world_from_gltf(points: Float[np.ndarray, "n 3"]) -> Float[np.ndarray, "n 3"]:
@@ -72,6 +78,12 @@ def corner_colours(part: Any) -> UInt8[np.ndarray, "corners 3"] | None:
     return None
 
 
+def plain_colour(part: Any) -> Float[np.ndarray, "3"]:
+    """Colour in [0, 1] of a ``trimesh.Trimesh`` that has neither a picture nor colours of its own."""
+    material = getattr(part.visual, "material", None)
+    return np.asarray((part.visual if material is None else material).main_color[:3]) / 255.0
+
+
 class MeshRenderer:
     """Renders one mesh after another into one offscreen VTK window.
 
@@ -118,19 +130,17 @@ class MeshRenderer:
         Raises:
             InputError: the file cannot be read as a mesh.
         """
-        import trimesh
-
-        try:
-            parts = trimesh.load_scene(path).dump()
-        except Exception as error:  # each reader fails in its own way
-            raise InputError(f"mesh {path} cannot be read ({error}): give a .glb file") from error
-        self.show([part for part in parts if isinstance(part, trimesh.Trimesh) and len(part.faces)], scale)
+        self.show(load_parts(path, "none"), scale)
 
     def show(self, parts: Sequence[Any], scale: float = 1.0) -> None:
         """Replace what is in the window by ``trimesh.Trimesh`` parts with faces, in glTF axes."""
         self._renderer.RemoveAllViewProps()
         for part in parts:
             self._renderer.AddActor(self._actor(part, scale))
+
+    def render_all(self, cameras: Sequence[Camera]) -> UInt8[Tensor, "V h w 4"]:
+        """Views of several cameras, see :meth:`render`."""
+        return torch.from_numpy(np.stack([self.render(*camera) for camera in cameras]))
 
     def render(self, azimuth: float, elevation: float, distance: float = DISTANCE) -> UInt8[np.ndarray, "h w 4"]:
         """One view as straight-alpha RGBA; the camera stands at (azimuth, elevation) in degrees and looks at 0."""
@@ -185,7 +195,7 @@ class MeshRenderer:
         shading.SetSpecular(0.0)
         image, colours = texture_image(part), corner_colours(part)
         plain = image is not None or colours is not None
-        tint = (1.0, 1.0, 1.0) if plain else tuple(np.asarray(part.visual.main_color[:3]) / 255.0)
+        tint = (1.0, 1.0, 1.0) if plain else tuple(plain_colour(part))
         shading.SetDiffuseColor(*tint)
         shading.SetAmbientColor(*(AMBIENT * value for value in tint))
         if image is not None:

@@ -1,0 +1,63 @@
+"""Training views made from meshes on the training device itself, other ones for every seed: nothing is stored."""
+
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from nvsadapter_guidance.training.mesh_dataset import ViewSet, object_generator, read_index, training_views
+from nvsadapter_guidance.training.mesh_files import load_parts
+from nvsadapter_guidance.training.render_meshes import DISTANCE, FOVY
+from nvsadapter_guidance.training.render_torch import Surface, TorchMeshRenderer, surface_of
+from nvsadapter_guidance.training.views import ViewBank
+
+log = logging.getLogger(__name__)
+
+
+def render_bank(
+    meshes: Path, views: int, device: torch.device, seed: int, size: int = 128, supersample: int = 4, limit: int = 0
+) -> ViewBank:
+    """Render every mesh that a folder's ``index.json`` names, as :func:`mesh_dataset.render_split` would.
+
+    Args:
+        meshes: folder of glTF files with an ``index.json``.
+        views: of each object, a multiple of 5.
+        device: to render and to keep the views on.
+        seed: of the cameras and scales.
+        size: side of a view in pixels.
+        supersample: samples per pixel along each side.
+        limit: the first few objects only; 0 for all.
+
+    Raises:
+        InputError: the index or a mesh cannot be read.
+    """
+    names = [str(entry["file"]) for entry in read_index(meshes)[: limit or None]]
+    sets = [training_views(object_generator(Path(name).stem, seed), views) for name in names]
+    renderer = TorchMeshRenderer(size, supersample, device)
+    rows = []
+    for index, view_set in enumerate(_shown(renderer, [meshes / name for name in names], sets)):
+        angles = zip(view_set.azimuth, view_set.elevation, strict=True)
+        rows.append(renderer.render_all([(azimuth, elevation, DISTANCE) for azimuth, elevation in angles]))
+        if (index + 1) % 100 == 0:
+            log.info("rendered %d of %d objects", index + 1, len(names))
+    azimuth, elevation = (torch.tensor([getattr(s, key) for s in sets]) for key in ("azimuth", "elevation"))
+    distance = torch.full_like(azimuth, DISTANCE)
+    stems = tuple(Path(name).stem for name in names)
+    return ViewBank(torch.stack(rows), azimuth, elevation, distance, stems, FOVY).to(device)
+
+
+def _shown(renderer: TorchMeshRenderer, paths: list[Path], sets: list[ViewSet]) -> Iterator[ViewSet]:
+    """Put one mesh after another before the renderer, while threads read the next ones."""
+
+    def read(path: Path, scale: float) -> Surface:
+        return surface_of(load_parts(path, "none"), scale, renderer.device)
+
+    with ThreadPoolExecutor(4) as pool:
+        waiting = [pool.submit(read, path, s.scale) for path, s in zip(paths[:8], sets[:8], strict=True)]
+        for index, view_set in enumerate(sets):
+            renderer.surface = waiting.pop(0).result()
+            if index + 8 < len(sets):
+                waiting.append(pool.submit(read, paths[index + 8], sets[index + 8].scale))
+            yield view_set
