@@ -49,6 +49,7 @@ class ViewsEvaluation:
     scheduler: str = "euler"
     seed: int = 0
     fit: str = "sphere"
+    renderer: str = "vtk"
     limit: int | None = None
     training_views: str | None = None
     lpips: str | None = None
@@ -66,10 +67,11 @@ def views(job: ViewsEvaluation) -> Skipped:
         InputError: an option, the weights or all objects cannot be used, or the folder holds another evaluation.
     """
     from nvsadapter_guidance.evaluation.baselines import check_training_views, load_training_views
-    from nvsadapter_guidance.evaluation.truth import TruthRenderer, evaluation_views
+    from nvsadapter_guidance.evaluation.truth import SUPERSAMPLE, TruthRenderer, evaluation_views
     from nvsadapter_guidance.evaluation.view_scores import score_objects
     from nvsadapter_guidance.training.mesh_files import find_meshes
     from nvsadapter_guidance.training.render_check import check_rendering
+    from nvsadapter_guidance.training.render_folder import RENDERERS, open_renderer
     from nvsadapter_guidance.weights import choose_weights
     from threedrec.launch import choose_device, ensure_writable
 
@@ -80,7 +82,10 @@ def views(job: ViewsEvaluation) -> Skipped:
     device = choose_device(job.gpu)
     choice = choose_weights(job.weights)
     check_weights_options(sampling, choice.path)
-    check_rendering()
+    if job.renderer not in RENDERERS:
+        raise InputError(f"--renderer {job.renderer}: unknown; use one of {', '.join(RENDERERS)}")
+    if job.renderer == "vtk":
+        check_rendering()
     if job.training_views:
         check_training_views(Path(job.training_views))
     lpips = _lpips(job.lpips, device)
@@ -93,7 +98,8 @@ def views(job: ViewsEvaluation) -> Skipped:
     size = imagine.pipeline.model.config.image_size
     training = load_training_views(Path(job.training_views), size) if job.training_views else None
     start = time.perf_counter()
-    evaluation = _run(meshes, TruthRenderer(cameras, size, job.fit), imagine, output)  # type: ignore[arg-type]
+    renderer = open_renderer(job.renderer, size, SUPERSAMPLE)  # type: ignore[arg-type]
+    evaluation = _run(meshes, TruthRenderer(cameras, renderer, job.fit), imagine, output)  # type: ignore[arg-type]
     with progress_bar("scores", len(evaluation.folders)) as advance:
         scores = score_objects(evaluation.folders, cameras, lpips, training, lambda: advance(1))
     about = {**settings, "size": size, "device": str(device), "seconds": round(time.perf_counter() - start, 1)}
@@ -193,6 +199,7 @@ def _settings(job: ViewsEvaluation, family: str, weights: Path) -> dict[str, Any
         "scheduler": job.scheduler,
         "seed": job.seed,
         "fit": job.fit,
+        "renderer": job.renderer,
         "dtype": job.dtype,
     }
 

@@ -30,9 +30,9 @@ examples:
   3drec evaluate views --objects meshes/ -o scores --training-views data/views/train.tar
   3drec evaluate views --pairs samples/ -o scores --lpips vgg
 
-Every mesh is rendered (VTK, no GPU or display needed) from cameras around it. The view at azimuth 0 and elevation 0 is
-the reference; all views at other azimuths, at elevations 0 and 30, are sampled from it and compared with the
-renderings, beside baselines. Writes DIR/metrics.json, DIR/grid.png and DIR/objects/NAME/; the same command goes on
+Every mesh is rendered (by VTK, no GPU or display needed, or by --renderer torch) from cameras around it. The view at
+azimuth 0 and elevation 0 is the reference; all views at other azimuths, at elevations 0 and 30, are sampled from it and
+compared with the renderings, beside baselines. Writes DIR/metrics.json, DIR/grid.png and DIR/objects/NAME/; the same command goes on
 after an interruption. docs/evaluation.md says what is measured. Exit codes: 0, 1 some objects were skipped, 2, 130.
 """
 MESH_EXAMPLES = """\
@@ -63,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--scheduler", metavar="S", default="euler", help="euler (default), ddim, dpm++ or unipc")
     add("--seed", metavar="N", type=int, default=0, help="seed of every random draw (default 0)")
     add("--fit", metavar="F", default="sphere", help="sphere (default): radius 0.5; cube: longest side 1; none")
+    add("--renderer", metavar="R", default="vtk", help="of true views: vtk (default); torch: on a GPU if there is one")
     add("--limit", metavar="N", type=int, help="the first N objects only")
     add("--training-views", metavar="PATH", help="renderings of training objects: adds nearest-training-object")
     add("--lpips", metavar="B", help="LPIPS with this backbone: alex, vgg or squeeze (needs torchvision)")
@@ -103,6 +104,6 @@ def _evaluate(options: argparse.Namespace) -> list[dict[str, str]]:
     if options.pairs is not None:
         return evaluate.pairs(options.pairs, options.output, options.lpips)
     names = ("objects", "output", "weights", "weights_config", "views", "steps", "guidance_scale", "scheduler", "seed")
-    more = ("fit", "limit", "training_views", "lpips", "dtype", "gpu")
+    more = ("fit", "renderer", "limit", "training_views", "lpips", "dtype", "gpu")
     values: dict[str, Any] = {name: getattr(options, name) for name in (*names, *more)}
     return evaluate.views(evaluate.ViewsEvaluation(**values))

@@ -13,8 +13,10 @@ from nvsadapter_guidance.training.mesh_dataset import ViewSet
 from nvsadapter_guidance.training.mesh_files import Fit, load_parts
 from nvsadapter_guidance.training.render_folder import render_views
 from nvsadapter_guidance.training.render_meshes import MeshRenderer
+from nvsadapter_guidance.training.render_torch import TorchMeshRenderer
 
 ELEVATIONS = (0.0, 30.0)
+SUPERSAMPLE = 4
 
 
 def evaluation_views(count: int = 16) -> ViewSet:
@@ -57,16 +59,16 @@ class TrueViews:
 
 
 class TruthRenderer:
-    """Renders the true views of meshes, four samples per pixel along each side.
+    """Renders the true views of meshes.
 
     Args:
-        size: side of a view in pixels.
+        renderer: of `render_folder.open_renderer`, with `SUPERSAMPLE` samples per pixel along each side.
         fit: see `mesh_files.load_parts`; ``sphere`` is how this project's models see objects.
     """
 
-    def __init__(self, views: ViewSet, size: int, fit: Fit = "sphere") -> None:
+    def __init__(self, views: ViewSet, renderer: MeshRenderer | TorchMeshRenderer, fit: Fit = "sphere") -> None:
         self.views, self.fit = views, fit
-        self._renderer = MeshRenderer(size, 4)
+        self._renderer = renderer
 
     def __call__(self, name: str, path: Path) -> TrueViews:
         """The views of one mesh file.

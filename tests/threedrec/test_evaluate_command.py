@@ -66,7 +66,7 @@ def test_render_writes_folders_and_says_what_it_skipped(command, meshes, tmp_pat
 @pytest.mark.parametrize(
     ("more", "words"),
     [(("--views", 0), "views is 0"), (("--processes", 0), "--processes 0"), (("--distances", 1, 0.5), "distances are"),
-     (("--colour", 1), "unknown argument --colour")],
+     (("--renderer", "gl"), "renderer 'gl' is unknown"), (("--colour", 1), "unknown argument --colour")],
 )  # fmt: skip
 def test_renders_mistakes_are_one_line(command, meshes, tmp_path, more, words):
     code, said = command("render", meshes, "-o", tmp_path / "out", *more)
@@ -75,11 +75,10 @@ def test_renders_mistakes_are_one_line(command, meshes, tmp_path, more, words):
 
 
 def test_views_are_evaluated_whole(command, meshes, model, tmp_path):
-    needs_vtk()
     (meshes / "zz.glb").write_bytes(b"no mesh")
     out = tmp_path / "out"
     line = ("evaluate", "views", "--objects", meshes, "-o", out, "--weights", model, "--gpu", "cpu", "--steps", 1)
-    line = (*line, "--views", 4)
+    line = (*line, "--views", 4, "--renderer", "torch")
     code, said = command(*line)
     assert code == 1 and "zz.glb" in said[-1]
     assert sorted(p.name for p in out.iterdir()) == ["grid.png", "metrics.json", "objects", "settings.json"]
@@ -95,7 +94,7 @@ def test_views_are_evaluated_whole(command, meshes, model, tmp_path):
     assert Image.open(out / "grid.png").size == (150 + 4 * 96, 20 + 2 * (2 * 96 + 6))
     stamp = (out / "objects" / "box" / "pred_001.png").stat().st_mtime_ns
     renderings = tmp_path / "renderings"
-    assert command("render", meshes / "box.glb", "-o", renderings, "--size", 32)[0] == 0
+    assert command("render", meshes / "box.glb", "-o", renderings, "--size", 32, "--renderer", "torch")[0] == 0
     code, _ = command(*line, "--training-views", renderings)
     again = json.loads((out / "metrics.json").read_text())
     assert (out / "objects" / "box" / "pred_001.png").stat().st_mtime_ns == stamp, "objects are not imagined again"
