@@ -32,8 +32,9 @@ examples:
 
 Every mesh is rendered (by VTK, no GPU or display needed, or by --renderer torch) from cameras around it. The view at
 azimuth 0 and elevation 0 is the reference; all views at other azimuths, at elevations 0 and 30, are sampled from it and
-compared with the renderings, beside baselines. Writes DIR/metrics.json, DIR/grid.png and DIR/objects/NAME/; the same command goes on
-after an interruption. docs/evaluation.md says what is measured. Exit codes: 0, 1 some objects were skipped, 2, 130.
+compared with the renderings, beside baselines. Writes DIR/metrics.json, DIR/grid.png and DIR/objects/NAME/; the same
+command goes on after an interruption. docs/evaluation.md says what is measured. Exit codes: 0, 1 some objects were
+skipped, 2, 130.
 """
 MESH_EXAMPLES = """\
 examples:
