@@ -70,6 +70,9 @@ def test_silhouette_iou_by_hand():
     images[0, :, 3] = 0.96  # nearly white is background
     masks = silhouette(images)
     assert masks.sum((1, 2)).tolist() == [8, 0]
+    edge = torch.ones(1, 3, 4, 4)
+    edge[..., 0], edge[..., 1], edge[..., 2] = 0.2, 0.2 + 0.8 * 0.3, 0.9  # 0.8, 0.56 and 0.1 as dark as black
+    assert silhouette(edge)[0, 0].tolist() == [True, True, False, False]
     target = torch.zeros(2, 4, 4, dtype=torch.bool)
     target[0, 1:3] = True
     torch.testing.assert_close(mask_iou(masks, target), torch.tensor([4 / 12, 1.0]))
