@@ -50,6 +50,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--sweep", action="store_true", help="try launch settings instead")
+    parser.add_argument("--only", default="", help="with --sweep: this kernel alone")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--no-save", action="store_true", help="only print")
     return parser.parse_args()
@@ -183,65 +184,112 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def sweep(args: argparse.Namespace) -> None:
-    """Print the times of each kernel over its launch settings."""
+    """Print the times of each kernel over its launch settings, best first."""
     from triton.runtime.errors import OutOfResources
 
+    orders = both_orders(args)
+    works = kernels(orders["random"], args)
+    for name, (settings, per_processor, function) in works.items():
+        if args.only not in ("", name):
+            continue
+        before, programs_before, lines = dict(settings), dict(per_processor), []
+        for chosen, programs in choices(name, settings):
+            settings.update(chosen)
+            if programs is not None:
+                per_processor[name] = programs
+            try:
+                # Outside of any graph: the kernel alone.
+                with torch.no_grad():
+                    taken = [milliseconds(lambda f=function, x=x: f(x), args) for x in orders.values()]
+            except OutOfResources:
+                continue
+            extra = {} if programs is None else {"programs": programs}
+            lines.append((sum(taken), dict(settings) | extra, taken))
+        settings.update(before)
+        per_processor.update(programs_before)
+        for _, chosen, taken in sorted(lines, key=lambda line: line[0])[:3]:
+            print(f"{name:<22} random {taken[0]:7.3f}   ray {taken[1]:7.3f}   {chosen}")
+
+
+def choices(name: str, settings: dict[str, Any]) -> Iterator[tuple[dict[str, Any], int | None]]:
+    """Yield launch settings to try, and programs per processor where a program takes many blocks."""
+    if name.startswith(("value", "slope")):
+        for (block, warps), programs in itertools.product(((64, 4), (64, 8), (128, 4), (128, 8)), (1, 2, 4, 8)):
+            yield {"BLOCK": block, "num_warps": warps}, programs
+        return
+    groups: list[dict[str, Any]] = [{}]
+    if "SPREAD" in settings:
+        groups = [{"GROUP": group, "SPREAD": spread} for group in (1, 4) for spread in (False, True)]
+    elif "GROUP" in settings:
+        groups = [{"GROUP": group} for group in (1, 4, 16)]
+    # Two lanes work for a point: each thread has one, two or four of them.
+    shapes = ((64, 2), (64, 4), (128, 4), (128, 8), (256, 8))
+    for (block, warps), group in itertools.product(shapes, groups):
+        yield {"BLOCK": block, "num_warps": warps} | group, None
+
+
+Launched = tuple[dict[str, Any], dict[str, int], Callable[[Tensor], object]]
+
+
+def kernels(points: Tensor, args: argparse.Namespace) -> dict[str, Launched]:
+    """Return (launch settings, programs per processor, function of points) of every kernel."""
     from threedrec.field import density_kernel, mlp_triton
     from threedrec.field.hashgrid_kernels import pull_kernel, tangent_kernel
     from threedrec.field.hashgrid_triton import LAUNCH, encode_triton, scatter
 
-    orders, grid = both_orders(args), encoding("triton").to(args.device)
-    lookup = grid._grid(orders["random"])
-    network = VanillaMLP(32, 1, MLPConfig()).to(args.device)
+    grid = encoding("triton").to(args.device)
+    lookup = grid._grid(points)
+    network = VanillaMLP(32, 1, MLPConfig(n_hidden_layers=2)).to(args.device)
     pull, tangent = torch.randn(args.points, 32, device=args.device), torch.randn(args.points, 3, device=args.device)
 
     def tangent_of(x: Tensor) -> None:
         lookup.launch("tangent", tangent_kernel, x, lookup.read, tangent, torch.empty_like(pull))
 
-    def trained(layers: int, slope: bool) -> Callable[[Tensor], object]:
-        chosen = VanillaMLP(32, 1, MLPConfig(n_hidden_layers=layers, backend="triton")).to(args.device)
+    def pulled(x: Tensor) -> None:
+        lookup.launch("pull", pull_kernel, x, lookup.read, pull, torch.empty_like(x))
 
-        def both_ways(_: Tensor) -> None:
-            x = pull.detach().requires_grad_(True)
-            with torch.enable_grad():
-                outputs = chosen.with_gradient(x) if slope else (chosen(x),)
-                torch.autograd.backward(outputs, [torch.ones_like(part) for part in outputs])
+    def scattered(slopes: bool, fixed: bool) -> Callable[[Tensor], object]:
+        others = (pull, tangent) if slopes else (None, None)
 
-        return both_ways
+        def add(x: Tensor) -> None:
+            with repeatable(fixed):
+                scatter(x, pull, *others, lookup, grid.table.shape)
 
-    works: dict[str, tuple[dict[str, Any], Callable[[Tensor], object]]] = {
-        "features": (LAUNCH["features"], lambda x: encode_triton(x, grid.table, lookup)),
-        "tangent": (LAUNCH["tangent"], tangent_of),
-        "pull": (
-            LAUNCH["pull"],
-            lambda x: lookup.launch("pull", pull_kernel, x, lookup.read, pull, torch.empty_like(x)),
-        ),
-        "scatter": (LAUNCH["scatter"], lambda x: scatter(x, pull, None, None, lookup, grid.table.shape)),
-        "scatter both": (LAUNCH["scatter"], lambda x: scatter(x, pull, pull, tangent, lookup, grid.table.shape)),
-        "density": (density_kernel.SETTINGS, lambda x: grid.through(x, network)),
-        "MLP 32-64-1 with slope": (mlp_triton.BACKWARD, trained(1, True)),
-        "MLP 32-64-64-1": (mlp_triton.BACKWARD, trained(2, False)),
+        return add
+
+    works: dict[str, Launched] = {
+        "features": (LAUNCH["features"], {}, lambda x: encode_triton(x, grid.table, lookup)),
+        "tangent": (LAUNCH["tangent"], {}, tangent_of),
+        "pull": (LAUNCH["pull"], {}, pulled),
+        "scatter": (LAUNCH["scatter"], {}, scattered(slopes=False, fixed=False)),
+        "scatter fixed": (LAUNCH["scatter fixed"], {}, scattered(slopes=False, fixed=True)),
+        "scatter fixed, both": (LAUNCH["scatter fixed"], {}, scattered(slopes=True, fixed=True)),
+        "density": (density_kernel.SETTINGS, {}, lambda x: grid.through(x, network)),
     }
-    for name, (settings, function) in works.items():
-        blocks, shares = ((32, 64, 128), (0.5, 1)) if name.startswith("MLP") else ((128, 256), (1, 2))
-        before, lines = dict(settings), []
-        groups = (1, 2, 4, 16) if "GROUP" in settings else (None,)
-        for block, each, group in itertools.product(blocks, shares, groups):
-            warps = int(block / 32 / each)
-            if not 1 <= warps <= 16:
-                continue
-            settings.update(BLOCK=block, num_warps=warps)
-            if group is not None:
-                settings["GROUP"] = group
-            try:
-                with torch.no_grad():
-                    taken = [milliseconds(lambda f=function, x=x: f(x), args) for x in orders.values()]
-            except OutOfResources:
-                continue
-            lines.append((sum(taken), dict(settings), taken))
-        settings.update(before)
-        for _, chosen, taken in sorted(lines, key=lambda line: line[0])[:4]:
-            print(f"{name:<22} random {taken[0]:7.3f}   ray {taken[1]:7.3f}   {chosen}")
+    for name, function in network_passes(pull, args).items():
+        works[name] = (mlp_triton.LAUNCH[name], mlp_triton.PROGRAMS_PER_PROCESSOR, lambda _, f=function: f())
+    return works
+
+
+def network_passes(x: Tensor, args: argparse.Namespace) -> dict[str, Callable[[], object]]:
+    """Return both ways through a network 32-64-64-3, and through one with one output and its slope."""
+    density, colour = (
+        VanillaMLP(32, outputs, MLPConfig(n_hidden_layers=2, backend="triton")).to(args.device) for outputs in (1, 3)
+    )
+    leaf = x.clone().requires_grad_(True)
+    with torch.enable_grad():
+        value, slope = colour(leaf), density.with_gradient(leaf)
+    pulls = [torch.randn_like(part) for part in slope]
+
+    def back(outputs: list[Tensor], grads: list[Tensor], network: VanillaMLP) -> None:
+        torch.autograd.grad(outputs, [leaf, *network.weights], grads, retain_graph=True)
+
+    return {
+        "value": lambda: colour(x),
+        "value backward": lambda: back([value], [x[:, :3].contiguous()], colour),
+        "slope": lambda: density.with_gradient(x),
+        "slope backward": lambda: back(list(slope), pulls, density),
+    }
 
 
 def main() -> None:

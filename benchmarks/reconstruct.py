@@ -4,13 +4,14 @@
     python benchmarks/reconstruct.py --device cpu --image PHOTO.png trainer.max_steps=320
     python benchmarks/reconstruct.py --device cuda:0 --out benchmarks/results
 
-Seconds are wall-clock times of the stages as ``metrics.json`` has them; imports and the choice of threads are not among
-them. Every measurement is added to ``<out>/reconstruct.jsonl``, one JSON object a line.
+Each runs in a process of its own, as people start it. Seconds are wall-clock times: of the stages as ``metrics.json``
+has them ("startup": from the start of the process to the first stage, imports and the choice of threads included), and
+of the whole process. Every measurement is added to ``<out>/reconstruct.jsonl``, one JSON object a line.
 """
 
 import argparse
 import json
-import logging
+import subprocess
 import sys
 import tempfile
 import time
@@ -22,8 +23,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from threedrec.launch import Job, run_job
-
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGES = ("torch", "diffusers", "lightning")
 
@@ -32,7 +31,7 @@ def parse() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--image", type=Path, default=REPOSITORY / "load" / "images" / "robot.png")
-    parser.add_argument("--config", default=str(REPOSITORY / "configs" / "nvsadapter.yaml"))
+    parser.add_argument("--config", default="configs/nvsadapter.yaml")
     parser.add_argument("--device", action="append", help="cpu or cuda:N; may be repeated (default: cpu and cuda:0)")
     parser.add_argument("--out", type=Path, default=REPOSITORY / "benchmarks" / "results")
     parser.add_argument("--no-save", action="store_true", help="only print")
@@ -45,9 +44,10 @@ def measure(device: str, image: Path, config: str, overrides: list[str]) -> dict
     gpu = "cpu" if device == "cpu" else device.removeprefix("cuda:")
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
-        job = Job("train", config, [f"data.image_path={image}", *overrides, f"trial_dir={run_dir}"], gpu=gpu)
+        values = [f"data.image_path={image.resolve()}", *overrides, f"trial_dir={run_dir}"]
+        command = [sys.executable, "launch.py", "--config", config, "--train", "--gpu", gpu, *values]
         start = time.perf_counter()
-        run_job(job)
+        subprocess.run(command, cwd=REPOSITORY, check=True)
         seconds = time.perf_counter() - start
         metrics = json.loads((run_dir / "metrics.json").read_text())
     return {
@@ -71,14 +71,13 @@ def table(results: list[dict[str, Any]]) -> Table:
     for name in names:
         stages = [result["stages"].get(name) for result in results]
         shown.add_row(name, *(f"{s['seconds']:.1f} ({s['peak_memory_gb']:.2f})" if s else "" for s in stages))
-    shown.add_row("whole job", *(f"{result['total_seconds']:.1f}" for result in results), style="bold")
+    shown.add_row("whole process", *(f"{result['total_seconds']:.1f}" for result in results), style="bold")
     return shown
 
 
 def main() -> None:
     """Measure every device that was asked for."""
     args = parse()
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     devices = args.device or (["cpu", "cuda:0"] if torch.cuda.is_available() else ["cpu"])
     results = [measure(device, args.image, args.config, args.overrides) for device in devices]
     Console().print(table(results))

@@ -22,7 +22,6 @@ from nvsadapter_guidance.errors import InputError
 
 Focal = Literal["released", "pinhole"]
 Axes = Literal["released", "released-sampling", "opencv"]
-PoseConvention = Literal["training", "released-sampling"]
 POSE_CONVENTIONS: Tuple[str, ...] = ("training", "released-sampling")
 
 # Factors on the columns (right, up, backward) of an OpenGL rotation.

@@ -49,14 +49,42 @@ def has_adapters(modules: Iterable[nn.Module]) -> bool:
 def convolution_search(wanted: bool) -> Iterator[None]:
     """Let cuDNN time its algorithms for every new shape, unless deterministic ones are asked for.
 
-    It keeps what the first call of a shape has chosen, timed or guessed.
+    It keeps what the first call of a shape has chosen, timed or guessed. The switch is the process's: it is as before
+    when the last of the threads that want a search has left.
     """
-    usual = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = usual or (wanted and not torch.are_deterministic_algorithms_enabled())
+    if not wanted or torch.are_deterministic_algorithms_enabled():
+        yield
+        return
+    _SEARCH.enter()
     try:
         yield
     finally:
-        torch.backends.cudnn.benchmark = usual
+        _SEARCH.leave()
+
+
+class _SearchSwitch:
+    """``torch.backends.cudnn.benchmark`` while any thread is inside."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._usual = False
+
+    def enter(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._usual = torch.backends.cudnn.benchmark
+                torch.backends.cudnn.benchmark = True
+            self._inside += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                torch.backends.cudnn.benchmark = self._usual
+
+
+_SEARCH = _SearchSwitch()
 
 
 def capture(function: Callable[[], Any], pool: Any, warm_ups: int = WARM_UPS) -> tuple[torch.cuda.CUDAGraph, Any]:
@@ -162,6 +190,13 @@ class GraphCache:
 
     def __len__(self) -> int:
         return len(self._calls)
+
+    def switch(self, enabled: bool) -> None:
+        """Let graphs be made from now on, or give the memory of all there are back and make none."""
+        with self._lock:
+            self.enabled = enabled
+            if not enabled:
+                self.clear()
 
     def clear(self) -> None:
         """Give the memory of all graphs back."""

@@ -29,11 +29,15 @@ from nvsadapter_guidance.images import (
 )
 from nvsadapter_guidance.model import NVSModel, NVSModelConfig
 from nvsadapter_guidance.pipeline import Poses, prepare, view_poses
-from nvsadapter_guidance.sampling import SamplingOptions, decode_views, sample_latents
+from nvsadapter_guidance.sampling import OnStep, SamplingOptions, decode_views, sample_latents
+from nvsadapter_guidance.sampling_defaults import GUIDANCE_SCALES, STEPS
 from nvsadapter_guidance.saved_pipeline import DOWNLOAD_OPTIONS, check_tensor_names, holds_pipeline, is_hub_id
 from nvsadapter_guidance.schedulers import build_scheduler
 from nvsadapter_guidance.unet import MultiViewUNet
 from nvsadapter_guidance.weight_files import locate
+
+StepCallback = Callable[["NVSAdapterPipeline", int, int, dict[str, Tensor]], dict[str, Tensor]]
+"""As diffusers' ``callback_on_step_end``."""
 
 
 class NVSAdapterPipeline(DiffusionPipeline):
@@ -46,6 +50,9 @@ class NVSAdapterPipeline(DiffusionPipeline):
     (``pipeline.scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config)``), and the methods of every
     diffusers pipeline work: ``to``, ``enable_model_cpu_offload``, ``enable_sequential_cpu_offload``,
     ``save_pretrained``. The adapter takes part in every network call and is therefore never offloaded.
+
+    Images are taken as they are, as the release does: the object should lie in the middle and fill about two thirds of
+    the side, as in training (``threedrec.image.load_support_view`` cuts a photograph out and frames it so).
 
     Only a pipeline that was loaded from a released checkpoint, or from an adapter with its base model, understands
     prompts: ``save_pretrained`` writes the tokens of the empty prompt and leaves the text encoder out. A pipeline
@@ -118,7 +125,8 @@ class NVSAdapterPipeline(DiffusionPipeline):
         Args:
             pretrained_model_name_or_path: ``auto``, ``mini``, ``released``, a checkpoint file, a model folder, a folder
                 of ``save_pretrained``, or the hub id of one.
-            options: with a saved pipeline those of diffusers; otherwise ``dtype`` and those of `load_model`.
+            options: with a saved pipeline those of diffusers; otherwise ``dtype`` and those of `load_model`. Without a
+                ``dtype`` all networks are in float32.
 
         Raises:
             InputError: the weights are missing, damaged or not known.
@@ -129,6 +137,7 @@ class NVSAdapterPipeline(DiffusionPipeline):
         if not is_hub_id(name) and not holds_pipeline(Path(name)):
             dtype = options.pop("dtype", None) or options.pop("torch_dtype", None)
             return cls.from_model(weights.load_model(name, dtype=dtype, **options))
+        asked = options.get("dtype") or options.get("torch_dtype")
         for key in ("dtype", "torch_dtype"):
             if isinstance(options.get(key), torch.dtype):
                 options[key] = {"default": options[key], "vae": torch.float32}
@@ -136,12 +145,14 @@ class NVSAdapterPipeline(DiffusionPipeline):
             if is_hub_id(name):
                 name = os.fspath(cls.download(name, **{k: v for k, v in options.items() if k in DOWNLOAD_OPTIONS}))
             check_tensor_names(Path(name))
-            return super().from_pretrained(name, **options)
+            pipeline = super().from_pretrained(name, **options)
         except InputError:
             raise
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"{name}: cannot be loaded as a pipeline ({reason}); save it again") from error
+        # Of components saved in half precision, transformers keeps that and diffusers does not.
+        return pipeline if asked else pipeline.to(torch.float32)
 
     @property
     def model(self) -> NVSModel:
@@ -179,8 +190,8 @@ class NVSAdapterPipeline(DiffusionPipeline):
         elevations: Sequence[float],
         azimuths: Sequence[float],
         distances: Sequence[float] | None = None,
-        num_inference_steps: int = 50,
-        guidance_scale: float = 3.0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         num_query: int | None = None,
         prompt: str = "",
         generator: torch.Generator | None = None,
@@ -188,8 +199,7 @@ class NVSAdapterPipeline(DiffusionPipeline):
         latents: Float[Tensor, "V C h w"] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
-        callback_on_step_end: Callable[["NVSAdapterPipeline", int, int, dict[str, Tensor]], dict[str, Tensor]]
-        | None = None,
+        callback_on_step_end: StepCallback | None = None,
         rotating_groups: bool = False,
         groups_per_call: int = 8,
         graph: str = "auto",
@@ -200,8 +210,9 @@ class NVSAdapterPipeline(DiffusionPipeline):
             image: the support image, see `images.support_tensor`.
             elevations, azimuths: degrees, one of each per view; azimuths grow counter-clockwise seen from above.
             distances: of the cameras from the object, in its diameters; None for the training distance.
-            num_inference_steps: of the scheduler; the release takes 50.
-            guidance_scale: of classifier-free guidance; 1 is the conditional prediction alone.
+            num_inference_steps: of the scheduler; None for 50 as released, or 20 with the embedded model.
+            guidance_scale: of classifier-free guidance, 1 is the conditional prediction alone; None for 3 as released,
+                or 2 with the embedded model.
             num_query: views sampled together; None for as many as the model was trained with.
             prompt: for the text encoder; the release always leaves it empty.
             generator: of every random draw, on the CPU or the pipeline's device; None draws from torch's global one.
@@ -214,44 +225,59 @@ class NVSAdapterPipeline(DiffusionPipeline):
             rotating_groups: views change their groups of ``num_query`` from step to step, so that more than
                 ``num_query`` views agree with each other; False keeps groups of neighbours, as released.
             groups_per_call: groups in one network call; fewer need less memory.
-            graph: ``auto`` makes CUDA graphs of the network call on a GPU, unless the networks are offloaded; ``off``
-                makes none.
+            graph: ``auto`` makes CUDA graphs on a GPU unless the networks are offloaded, ``off`` makes none.
 
         Raises:
             InputError: an argument cannot be used (named).
         """
-        check_output_type(output_type)
-        if graph not in ("auto", "off"):
-            raise InputError(f"graph '{graph}' is unknown; use auto or off")
-        options = SamplingOptions(num_inference_steps, guidance_scale, num_query, rotating_groups, groups_per_call)
-        model, device = self.model, self._execution_device
-        model.config = self._config_for(image_size)
-        model.graphs.enabled = graph == "auto"
-        degrees = _numbers("elevations", elevations), _numbers("azimuths", azimuths)
-        places = None if distances is None else _numbers("distances", distances)
-        poses = view_poses(*degrees, places, model.config.distance, device)
-        pixels = support_tensor(image, model.config.image_size).to(device)
+        steps, scale = self._steps_and_scale(num_inference_steps, guidance_scale)
+        options = SamplingOptions(steps, scale, num_query, rotating_groups, groups_per_call)
+        model, device = self._model_for(image_size, graph, output_type), self._execution_device
+        poses = _view_poses(elevations, azimuths, distances, model.config.distance, device)
         generator = _generator_on(device, generator)
+        pixels = support_tensor(image, model.config.image_size).to(device)
         conditions = prepare(model, pixels, _support_pose(model.config.distance, device), generator, prompt)
-
-        with self.progress_bar(total=num_inference_steps) as progress:
-
-            def on_step(index: int, timestep: int, values: Tensor) -> Tensor | None:
-                progress.update()
-                if callback_on_step_end is None:
-                    return None
-                changed = callback_on_step_end(self, index, timestep, {"latents": values}) or {}
-                return changed.get("latents")
-
+        with self.progress_bar(total=steps) as progress:
+            on_step = self._reporter(progress, callback_on_step_end)
             sampled = sample_latents(model, conditions, poses, generator, options, self.scheduler, latents, on_step)
         result = sampled if output_type == "latent" else convert_views(decode_views(model, sampled), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=result) if return_dict else (result,)
 
-    def _config_for(self, image_size: int | None) -> NVSModelConfig:
-        size = image_size or self._config.image_size
+    def _steps_and_scale(self, steps: int | None, scale: float | None) -> tuple[int, float]:
+        """Both as given; where they are not, what suits the weights."""
+        family = "released" if self._config.unconditional_support == "noise" else "mini"
+        return STEPS[family] if steps is None else steps, GUIDANCE_SCALES[family] if scale is None else scale
+
+    def _model_for(self, image_size: int | None, graph: str, output_type: str) -> NVSModel:
+        """The model as one call wants it, after a look at that call's other words."""
+        check_output_type(output_type)
+        if graph not in ("auto", "off"):
+            raise InputError(f"graph '{graph}' is unknown; use auto or off")
+        size = self._config.image_size if image_size is None else image_size
         check_image_size(size, self._config)
-        return dataclasses.replace(self._config, image_size=size)
+        model = self.model
+        model.config = dataclasses.replace(self._config, image_size=size)
+        model.graphs.switch(graph == "auto")
+        return model
+
+    def _reporter(self, progress: Any, callback: StepCallback | None) -> OnStep:
+        """What sampling calls after every step: the progress bar, then the caller's own function."""
+
+        def on_step(index: int, timestep: int, values: Tensor) -> Tensor | None:
+            progress.update()
+            if callback is None:
+                return None
+            changed = callback(self, index, timestep, {"latents": values}) or {}
+            return changed.get("latents")
+
+        return on_step
+
+
+def _view_poses(elevations: Any, azimuths: Any, distances: Any, default: float, device: torch.device) -> Poses:
+    degrees = _numbers("elevations", elevations), _numbers("azimuths", azimuths)
+    places = None if distances is None else _numbers("distances", distances)
+    return view_poses(*degrees, places, default, device)
 
 
 def _support_pose(distance: float, device: torch.device) -> Poses:

@@ -1,13 +1,10 @@
-"""Diffusion arithmetic as small pure functions: schedules, predictions, guidance, sampling, score distillation.
+"""Diffusion arithmetic as small pure functions: schedules, predictions, guidance, score distillation.
 
-Notation: a = alphas_cumprod[t]; variance-preserving noisy latents are x_t = sqrt(a) x_0 + sqrt(1 - a) e. The released
-model is sampled in the variance-exploding form x = x_0 + sigma e with sigma = sqrt((1 - a) / a), which is the same
-thing divided by sqrt(a); networks always see the variance-preserving scale. Latents are [B, n, c, h, w] (views of a
-sample share its timestep) or any shape that starts with the batch.
+Notation: a = alphas_cumprod[t]; variance-preserving noisy latents are x_t = sqrt(a) x_0 + sqrt(1 - a) e. Latents are
+[B, n, c, h, w] (views of a sample share its timestep) or any shape that starts with the batch.
 """
 
-from itertools import pairwise
-from typing import Callable, Iterator, Literal, Optional, Tuple
+from typing import Literal, Optional, Tuple
 
 import torch
 from jaxtyping import Float, Int
@@ -16,7 +13,6 @@ from torch import Tensor
 from nvsadapter_guidance.errors import InputError
 
 PredictionType = Literal["epsilon", "v_prediction"]
-Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 
 def legacy_alphas_cumprod(
@@ -36,11 +32,6 @@ def shift_schedule(alphas_cumprod: Float[Tensor, "timesteps"], factor: float) ->
     return signal / (signal + 1.0 - alphas_cumprod)
 
 
-def sigmas_from_alphas(alphas_cumprod: Float[Tensor, "steps"]) -> Float[Tensor, "steps"]:
-    """Variance-exploding noise levels sqrt((1 - a) / a), float32."""
-    return ((1.0 - alphas_cumprod) / alphas_cumprod).to(torch.float32).sqrt()
-
-
 def sampling_timesteps(num_steps: int, num_timesteps: int = 1000) -> Int[Tensor, "steps"]:
     """Descending timesteps spread evenly from the last one, e.g. 999, 979, ..., 19 for 50 of 1000.
 
@@ -53,13 +44,6 @@ def sampling_timesteps(num_steps: int, num_timesteps: int = 1000) -> Int[Tensor,
         return torch.arange(num_timesteps - 1, -1, -1)
     # linspace(last, 0) with `num_steps` intervals, end point left out, truncated as in the released sampler.
     return ((num_timesteps - 1) * (1.0 - torch.arange(num_steps, dtype=torch.float64) / num_steps)).long()
-
-
-def sampling_sigmas(alphas_cumprod: Float[Tensor, "timesteps"], num_steps: int) -> Float[Tensor, "levels"]:
-    """Descending noise levels of `sampling_timesteps` with a final 0, float32."""
-    timesteps = sampling_timesteps(num_steps, alphas_cumprod.shape[0]).to(alphas_cumprod.device)
-    sigmas = sigmas_from_alphas(alphas_cumprod[timesteps])
-    return torch.cat((sigmas, sigmas.new_zeros(1)))
 
 
 def add_noise(
@@ -101,63 +85,11 @@ def split_prediction(
     return signal * noisy - deviation * prediction, signal * prediction + deviation * noisy
 
 
-def quantise_sigma(
-    sigma: Float[Tensor, "B"], table: Float[Tensor, "timesteps"]
-) -> Tuple[Float[Tensor, "B"], Int[Tensor, "B"]]:
-    """The nearest noise level of the ascending table, and its index, which is the network's timestep."""
-    index = (sigma[:, None] - table).abs().argmin(dim=1)
-    return table[index], index
-
-
-def denoise(
-    network: Denoiser, x: Float[Tensor, "B *rest"], sigma: Float[Tensor, "B"], table: Float[Tensor, "timesteps"]
-) -> Float[Tensor, "B *rest"]:
-    """Clean latents x - sigma e of variance-exploding `x`, where e = network(x / sqrt(1 + sigma^2), timestep)."""
-    level, index = quantise_sigma(sigma, table)
-    level = _broadcast(level, x)
-    return x - level * network(x / (1.0 + level**2).sqrt(), index)
-
-
 def guide(
     unconditional: Float[Tensor, "*any"], conditional: Float[Tensor, "*any"], scale: float
 ) -> Float[Tensor, "*any"]:
     """Classifier-free guidance u + s (c - u) (Ho & Salimans 2022, eq. 6, with s = 1 + w)."""
     return unconditional + scale * (conditional - unconditional)
-
-
-def euler_steps(
-    denoise_fn: Denoiser, noise: Float[Tensor, "B *rest"], sigmas: Float[Tensor, "levels"]
-) -> Iterator[Tuple[Tensor, Tensor]]:
-    """Euler's method on the probability flow ODE, no churn (Karras et al. 2022, algorithm 1 without 2nd order).
-
-    Args:
-        denoise_fn: (x, sigma [B]) -> clean latents.
-        noise: unit gaussian; not modified.
-        sigmas: descending, last one 0 (`sampling_sigmas`).
-
-    Yields:
-        (x after the step, clean latents predicted at the step), one pair a step.
-    """
-    x = noise * (1.0 + sigmas[0] ** 2).sqrt()
-    for sigma, following in pairwise(sigmas):
-        clean = denoise_fn(x, sigma.expand(x.shape[0]))
-        x = x + (x - clean) / sigma * (following - sigma)
-        yield x, clean
-
-
-def euler_sample(
-    denoise_fn: Denoiser, noise: Float[Tensor, "B *rest"], sigmas: Float[Tensor, "levels"]
-) -> Float[Tensor, "B *rest"]:
-    """The last x of `euler_steps`."""
-    *_, (samples, _) = euler_steps(denoise_fn, noise, sigmas)
-    return samples
-
-
-def x0_loss(
-    prediction: Float[Tensor, "B *rest"], latents: Float[Tensor, "B *rest"], sigma: Float[Tensor, "B"]
-) -> Float[Tensor, "B"]:
-    """Training loss per sample: mean of (x0_pred - x0)^2 / sigma^2, which equals the mean squared noise error."""
-    return ((prediction - latents) ** 2 / _broadcast(sigma, latents) ** 2).flatten(1).mean(dim=1)
 
 
 def draw_timesteps(groups: int, min_step: int, max_step: int, generator: torch.Generator) -> Int[Tensor, "groups"]:

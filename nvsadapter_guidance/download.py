@@ -61,7 +61,7 @@ def download(
     target = folder / file.name
     if target.exists():
         return Downloaded(target, "", _check_present(file, target, on_progress))
-    reasons = []
+    reasons, is_new = [], not folder.exists()
     for source in sources or file.sources:
         log.info("%s from %s", file.name, source)
         try:
@@ -69,6 +69,9 @@ def download(
         except SourceError as error:
             reasons.append(f"{source}: {error}")
             log.warning("%s: %s", source, error)
+    if is_new:
+        with contextlib.suppress(OSError):  # something arrived and waits for the next attempt
+            folder.rmdir()
     raise InputError(
         f"{file.name}: cannot be downloaded ({'; '.join(reasons)}); put the file into {folder} yourself, or name "
         "another source with --hub-id or --url"
@@ -110,11 +113,23 @@ def _from_hub(repository: str, file: WeightFile, folder: Path) -> tuple[Path, st
     except OSError as error:
         if error.errno in _DISK:
             raise write_failure(staging, error) from error
+        _clear_without_data(staging, folder)
         raise SourceError(_first_line(error)) from error
     except Exception as error:  # the hub's client has many kinds of failures, and another source may do
+        _clear_without_data(staging, folder)
         raise SourceError(_first_line(error)) from error
     # For large files the entity tag is their SHA-256, for small ones a git hash of another length.
     return path, tag if re.fullmatch(r"[0-9a-f]{64}", tag) else None
+
+
+def _clear_without_data(staging: Path, folder: Path) -> None:
+    """Remove the locks and marks of a hub download of which no byte has arrived."""
+    if any(path.stat().st_size for path in staging.rglob("*.incomplete")):
+        return
+    shutil.rmtree(staging, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        staging.parent.rmdir()
+        (folder / HUB_STAGING).rmdir()
 
 
 def _clear_staging(file: WeightFile, folder: Path) -> None:

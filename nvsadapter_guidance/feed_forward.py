@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.activations import GEGLU
 from jaxtyping import Float
 from torch import Tensor
@@ -20,14 +19,8 @@ def feed_forward(layer: Any, x: Float[Tensor, "rows tokens dim"]) -> Float[Tenso
     return layer.net[2](fused_gate(layer.net[0].proj(x)))
 
 
-def plain_gate(projected: Float[Tensor, "*rows twice"]) -> Float[Tensor, "*rows width"]:
-    """``a GELU(b)`` where ``projected`` holds a and b side by side."""
-    value, gate = projected.chunk(2, dim=-1)
-    return value * F.gelu(gate)
-
-
 def fused_gate(projected: Float[Tensor, "*rows twice"]) -> Float[Tensor, "*rows width"]:
-    """The same by the kernel of `gated_kernel`, without a gradient."""
+    """``a GELU(b)`` where ``projected`` holds a and b side by side, by the kernel of `gated_kernel`, no gradient."""
     from nvsadapter_guidance.gated_kernel import gated_kernel
 
     projected = projected.contiguous()

@@ -7,6 +7,7 @@ backward pass are two CUDA graphs where possible.
 import copy
 import logging
 import threading
+from collections import OrderedDict
 from typing import Any
 
 import torch
@@ -21,12 +22,16 @@ from nvsadapter_guidance.lean_encoder import can_run_lean, encode_lean
 
 log = logging.getLogger(__name__)
 
+LIMIT = 2
+"""Batch sizes whose activations are kept at a time: a batch's full parts and its last, smaller one."""
+
 
 class FrozenEncoder(nn.Module):
     """Means and logarithmic variances of images, in float32 whatever they are computed in.
 
     Args:
-        vae: whose encoder is used or, for another dtype than its own, copied; it is not changed.
+        vae: whose encoder is used. In its own dtype that is the encoder itself, put into evaluation mode and its
+            gradients switched off; in another dtype it is a copy, which does not see later changes of the weights.
         dtype: to compute in.
         pixels_per_call: image pixels that go through at a time; None for all of a batch. Parts are made again for their
             backward pass.
@@ -51,7 +56,7 @@ class FrozenEncoder(nn.Module):
         self.graphs = graphs
         self.search = dtype.itemsize == 2
         """As in `GraphCache`."""
-        self._captured: dict[torch.Size, GraphedMoments] = {}
+        self._captured: OrderedDict[torch.Size, GraphedMoments] = OrderedDict()
         self._seen: set[torch.Size] = set()
 
     def forward(self, images: Float[Tensor, "B 3 H W"]) -> Float[Tensor, "B 2C h w"]:
@@ -85,6 +90,8 @@ class FrozenEncoder(nn.Module):
             if shape not in self._seen:  # a shape that is used once is not worth a graph
                 self._seen.add(shape)
                 return self.moments(images)
+            while len(self._captured) >= LIMIT:  # before the next one asks for its memory
+                self._captured.popitem(last=False)
             try:
                 self._captured[shape] = GraphedMoments(self, images)
             except RuntimeError as error:
@@ -92,6 +99,7 @@ class FrozenEncoder(nn.Module):
                 self._captured.clear()
                 log.warning("the encoder runs without CUDA graphs: %s", str(error).splitlines()[0])
                 return self.moments(images)
+        self._captured.move_to_end(shape)
         return _Replay.apply(images, self._captured[shape])
 
 

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nvsadapter_guidance import diffusion
+from nvsadapter_guidance.cuda_graphs import is_offloaded
 from nvsadapter_guidance.errors import InputError
 from nvsadapter_guidance.frozen_encoder import FrozenEncoder
 from nvsadapter_guidance.memory import MemoryPlan
@@ -34,12 +35,12 @@ class ScoreDistillation:
     """SDS (Poole et al. 2023, arXiv 2209.14988, Eq. 3) on groups of ``num_query`` views of one object.
 
     Args:
-        model: on the device where the views are; never trained.
+        model: on the device where the views are; never trained, see `FrozenEncoder`.
         guidance_scale: of classifier-free guidance.
         num_query: views judged together; None for as many as the model was trained with.
         max_norm: entries of the latents' gradient are clipped to this size; None for no clipping.
         memory: how much is done at a time; sets ``model.pixels_per_call``.
-        graphs: capture CUDA graphs on a GPU where the memory plan lets them be; sets ``model.graphs.enabled``.
+        graphs: capture CUDA graphs on a GPU where the memory plan lets them be; switches ``model.graphs``.
         encoder_dtype: precision of the encoder that rendered views and their gradient go through; the support view and
             previews are always encoded in float32.
         frozen_unconditional: where unconditional samples see noise in place of the support view, draw it once an object
@@ -48,6 +49,9 @@ class ScoreDistillation:
     The network runs in the model's precision (`NVSModel.to`). Everything around it is in float32: the latents, the
     schedule, the two predictions' difference, and the gradient of score distillation, which is itself the difference of
     two nearly equal noises.
+
+    Raises:
+        InputError: the model's weights are offloaded.
     """
 
     def __init__(
@@ -61,6 +65,7 @@ class ScoreDistillation:
         encoder_dtype: torch.dtype = torch.float32,
         frozen_unconditional: bool = False,
     ) -> None:
+        _refuse_offloaded(model)
         self.model = model
         self.guidance_scale = guidance_scale
         self.num_query = num_query or model.num_query
@@ -70,7 +75,7 @@ class ScoreDistillation:
         self.frozen_unconditional = frozen_unconditional
         self.conditions: SupportConditions | None = None
         graphs = graphs and self.memory.graphs
-        model.graphs.enabled = graphs
+        model.graphs.switch(graphs)
         self.encoder: FrozenEncoder | None = None
         half = encoder_dtype != torch.float32
         if half or (graphs and model.device.type == "cuda"):
@@ -79,7 +84,12 @@ class ScoreDistillation:
         self._finite = _DelayedCheck()
 
     def prepare(self, image: Float[Tensor, "1 3 H W"], pose: Poses, generator: torch.Generator) -> None:
-        """Encode the support image in [-1, 1]; once per object."""
+        """Encode the support image in [-1, 1]; once per object.
+
+        Raises:
+            InputError: the model's weights are offloaded.
+        """
+        _refuse_offloaded(self.model)
         encoder = self.model.image_encoder
         encoder.to(self.model.device)
         self.conditions = prepare(self.model, image, pose, generator, frozen_unconditional=self.frozen_unconditional)
@@ -165,6 +175,15 @@ class ScoreDistillation:
                 "system.guidance.precision: the network's prediction is not finite in float16, whose values end at "
                 "65504; use bfloat16 or float32"
             )
+
+
+def _refuse_offloaded(model: NVSModel) -> None:
+    """A hook brings weights to the GPU for one call of their module; the passes here go around such calls."""
+    if is_offloaded(model.modules()):
+        raise InputError(
+            "score distillation: the model's weights are offloaded (enable_model_cpu_offload or the like); load it "
+            "without, and take memory 'low' where the GPU is small"
+        )
 
 
 class _DelayedCheck:

@@ -1,6 +1,6 @@
 """Images at the door of the sampling pipeline: what callers have in, what they want out."""
 
-from typing import Any, Literal, Union
+from typing import Any, Union
 
 import numpy as np
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor
 from nvsadapter_guidance.errors import InputError
 from nvsadapter_guidance.model import NVSModelConfig
 
-OutputType = Literal["pil", "np", "pt", "latent"]
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 

@@ -38,7 +38,7 @@ class SamplingOptions:
     """How views are sampled.
 
     Raises:
-        InputError: a number is out of range.
+        InputError: a number is out of range or no whole one.
     """
 
     num_inference_steps: int = 20
@@ -54,8 +54,8 @@ class SamplingOptions:
     def __post_init__(self) -> None:
         for name in ("num_inference_steps", "num_query", "groups_per_call"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} is {value}; use 1 or more")
+            if value is not None and (value < 1 or not float(value).is_integer()):
+                raise InputError(f"{name} is {value}; use a whole number of 1 or more")
         if not 0.0 <= self.guidance_scale < float("inf"):
             raise InputError(f"guidance_scale is {self.guidance_scale}; use 0 or more (1 switches guidance off)")
 
@@ -83,7 +83,8 @@ def sample_latents(
         noise: unit gaussian to start from, one per view; drawn when None.
 
     Raises:
-        InputError: no pose was given, or the noise is for another number of views.
+        InputError: no pose was given, the noise is for other views or of another size, or the scheduler cannot solve
+            the model's schedule.
     """
     wanted, size = len(poses), options.num_query or model.num_query
     if wanted == 0 or (noise is not None and len(noise) != wanted):
@@ -96,6 +97,8 @@ def sample_latents(
     latents = (
         randn_tensor(shape, generator, device, torch.float32) if noise is None else noise.to(device)[order].float()
     )
+    if latents.shape != shape:
+        raise InputError(f"noise has the size {tuple(latents.shape[1:])} a view; the model's latents have {shape[1:]}")
     scheduler = build_scheduler("euler", model.schedule) if scheduler is None else scheduler
     scheduler.set_timesteps(options.num_inference_steps, device=device)
     latents = latents * scheduler.init_noise_sigma
@@ -117,6 +120,11 @@ def sample_latents(
         changed = None if on_step is None else on_step(index, numbers[index], latents[:wanted])
         if changed is not None:
             latents = changed[order]
+    if not bool(latents.isfinite().all()):
+        raise InputError(
+            f"sampling with {type(scheduler).__name__} left the finite numbers; use euler, ddim, dpm++ or unipc, whose "
+            "first step may be pure noise, and a network in bfloat16 or float32"
+        )
     return latents[:wanted]
 
 

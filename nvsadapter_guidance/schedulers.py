@@ -35,7 +35,7 @@ class EulerScheduler(SchedulerMixin, ConfigMixin):
 
     Karras et al. 2022 (arXiv 2206.00364), algorithm 1 without its second-order correction, at the noise levels of
     `diffusion.sampling_timesteps`. The release writes it for variance-exploding latents ``y = x_0 + s e`` with
-    ``s = sqrt((1 - a) / a)`` (`diffusion.euler_steps`): ``y' = y + (s' - s) (y - x_0) / s = x_0 + s' e``. Divided by
+    ``s = sqrt((1 - a) / a)``: ``y' = y + (s' - s) (y - x_0) / s = x_0 + s' e``. Divided by
     ``sqrt(1 + s'^2)`` that is the step taken here, ``x' = sqrt(a') x_0 + sqrt(1 - a') e``, which stays finite where
     ``a`` is zero, and which is deterministic DDIM (Song et al. 2021, arXiv 2010.02502, Eq. 12 with sigma 0).
 
@@ -43,8 +43,9 @@ class EulerScheduler(SchedulerMixin, ConfigMixin):
         num_train_timesteps: steps of the noise schedule.
         trained_betas: its betas; None for Stable Diffusion's.
         prediction_type: ``epsilon`` or ``v_prediction``.
-        rescale_betas_zero_snr, timestep_spacing: no effect here; they tell diffusers' schedulers, when built from this
-            configuration, that the last timestep is pure noise, and that sampling starts there.
+        rescale_betas_zero_snr, timestep_spacing, clip_sample: no effect here; they tell diffusers' schedulers, when
+            built from this configuration, that the last timestep is pure noise, that sampling starts there, and that
+            latents have no bounds.
     """
 
     order = 1
@@ -58,6 +59,7 @@ class EulerScheduler(SchedulerMixin, ConfigMixin):
         prediction_type: diffusion.PredictionType = "epsilon",
         rescale_betas_zero_snr: bool = False,
         timestep_spacing: str = "trailing",
+        clip_sample: bool = False,
     ) -> None:
         if trained_betas is None:
             self.alphas_cumprod = diffusion.legacy_alphas_cumprod(num_train_timesteps)
@@ -98,12 +100,13 @@ class EulerScheduler(SchedulerMixin, ConfigMixin):
 
 
 SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "euler": (EulerScheduler, {}),
+    "euler": (EulerScheduler, {"clip_sample": False}),
     "ddim": (DDIMScheduler, {"clip_sample": False, "set_alpha_to_one": True}),
     "dpm++": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "solver_order": 2}),
     "unipc": (UniPCMultistepScheduler, {"solver_order": 2}),
 }
-"""Classes by the names that commands take, with the options that differ from diffusers' defaults.
+"""Classes by the names that commands take, with the options that differ from diffusers' defaults. They are given even
+where they are our own default: ``from_config`` of another class takes over only what was given.
 
 diffusers' DDIM steps by a whole number of timesteps: it equals Euler's method where the number of steps divides that of
 training steps, and drifts otherwise.

@@ -221,19 +221,6 @@ class MultiViewUNet(nn.Module):
             raise InputError("control_images: go together with a controlnet; give both or neither")
 
 
-def draw_ucg_mask(
-    batch: int, probability: float, generator: torch.Generator, device: Optional[torch.device] = None
-) -> Bool[Tensor, "B"]:
-    """Samples to train unconditionally, each with `probability`, redrawn while all of them are.
-
-    At least one conditional sample keeps every adapter layer in use.
-    """
-    while True:
-        mask = torch.rand(batch, generator=generator, device=generator.device) < probability
-        if probability >= 1.0 or not bool(mask.all()):
-            return mask.to(device if device is not None else generator.device)
-
-
 def _draw_like(reference: Tensor, generator: Optional[torch.Generator]) -> Tensor:
     device = reference.device if generator is None else generator.device
     noise = torch.randn(reference.shape, generator=generator, device=device, dtype=reference.dtype)

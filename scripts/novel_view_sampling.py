@@ -49,7 +49,7 @@ def job_of(options: argparse.Namespace) -> ViewsJob:
     """What the options ask for."""
     image = options.input_image_path
     for option, path in (("--ckpt_path", options.ckpt_path), ("--config_path", options.config_path)):
-        if path is not None and not Path(path).exists():
+        if path is not None and not (path and Path(path).exists()):
             raise InputError(f"{option} {path}: no such file; download it with `3drec weights download released`")
     return ViewsJob(
         image=image,

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from threedrec.config_schema import limited
+from threedrec.draws import host_generator
 from threedrec.errors import InputError
 
 LIGHT_STRATEGIES = ("dreamfusion", "magic3d", "headlight")
@@ -145,7 +146,7 @@ def sample_elevations(n: int, bounds: tuple[float, float], generator: torch.Gene
     elevation, between the values that (el + 90) / 180 gives the bounds: exactly uniform on the sphere for the full
     range, and the released behaviour for partial ones.
     """
-    coin = sample_uniform((1,), (0.0, 1.0), generator)
+    coin = torch.rand((), generator=host_generator(generator))
     if coin.item() < 0.5:
         return sample_uniform((n,), bounds, generator)
     low, high = ((bound + 90.0) / 180.0 for bound in bounds)

@@ -99,9 +99,15 @@ def _one_of(value: Any, hint: Any) -> Any:
     raise InvalidValueError(f"expected {describe(hint)}, got {_shown(value)}")
 
 
+_WORDS = {True: ("on", "yes"), False: ("off", "no")}
+"""What YAML reads as a truth value where it stands without quotes."""
+
+
 def _literal(value: Any, choices: tuple[Any, ...]) -> Any:
     for choice in choices:
         if value == choice and type(value) is type(choice):
+            return choice
+        if isinstance(value, bool) and choice in _WORDS[value]:
             return choice
         # YAML reads a bare 32 as a number where the choice is the text "32".
         if isinstance(choice, str) and not isinstance(value, bool) and str(value) == choice:

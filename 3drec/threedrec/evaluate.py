@@ -7,17 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nvsadapter_guidance.sampling_defaults import GUIDANCE_SCALES, STEPS
 from threedrec.errors import InputError
 from threedrec.files import atomic_path, read_json, write_json
-from threedrec.views import (
-    GUIDANCE_SCALES,
-    STEPS,
-    ViewsJob,
-    check_choices,
-    check_weights_options,
-    load_pipeline,
-    progress_bar,
-)
+from threedrec.views import ViewsJob, check_choices, check_weights_options, load_pipeline, progress_bar
 
 if TYPE_CHECKING:
     import torch

@@ -48,12 +48,18 @@ def run_job(job: Job) -> Path:
     Raises:
         InputError: any mistake in the config, the image, the checkpoint or the output folder.
     """
-    from threedrec.config import changed_keys, dump_config, load_config
+    from threedrec.startup import quick_imports, wake_driver, warm_device
 
     if job.gpu != "cpu":
         os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
-    device = choose_device(job.gpu)
-    config = load_config(job.config, job.overrides, values=job.values, device_type=device.type)
+        if "torch" not in sys.modules:
+            wake_driver()
+    with quick_imports():
+        from threedrec.config import changed_keys, dump_config, load_config
+
+        device = choose_device(job.gpu)
+        warming = warm_device(device) if device.type == "cuda" else None
+        config = load_config(job.config, job.overrides, values=job.values, device_type=device.type)
     _check_image(config.data.image_path)
     if job.mode == "train" and config.resume is None:
         _check_weights(config)
@@ -73,6 +79,8 @@ def run_job(job: Job) -> Path:
         from threedrec.threads import choose_threads
 
         choose_threads()
+    if warming is not None:
+        warming.join()
     logger.info("%s on %s, results in %s", job.mode, device, run_dir)
     try:
         _work(job.mode, config, run_dir, device)

@@ -8,7 +8,6 @@ checkpoint, from which a killed run goes on.
 """
 
 import logging
-import os
 from pathlib import Path
 
 import torch
@@ -27,6 +26,7 @@ from threedrec.results import export, save_validation, test
 from threedrec.run import Run
 from threedrec.scene import Scene
 from threedrec.stages import plan
+from threedrec.startup import repeatable_products
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,14 @@ class Reconstruction:
             DivergenceError: the optimisation produced values that are not finite.
         """
         run = self._prepare()
+        try:
+            self._do_stages(run, until)
+        finally:
+            if run.mesh_ahead is not None:
+                run.mesh_ahead.close()
+        _close(run)
+
+    def _do_stages(self, run: Run, until: str | None) -> None:
         resumed = run.resumed
         for stage in plan(run):
             if stage.name == until:
@@ -85,7 +93,6 @@ class Reconstruction:
                 run.runner.finished.append(stage.name)
                 # The stages after distillation have no use for its optimiser, which is two thirds of a checkpoint.
                 run.runner.save(stage.name, steps, run.optimizer if stage.name in DISTILLATION else None)
-        _close(run)
 
     def validate(self) -> None:
         """Render the evaluation views of the checkpoint."""
@@ -158,8 +165,7 @@ class Reconstruction:
 def _repeatable(device: torch.device) -> None:
     """Ask for the same results from the same seed where the device can give them."""
     if device.type == "cuda":
-        # cuBLAS reads this when it is first used.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        repeatable_products()
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Deterministic mode would also fill every new tensor with NaN, to find reads of memory that nobody wrote.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -148,7 +148,7 @@ def _write_sheet(
             x += widths[i] + _GAP
         y += height + _GAP
     with atomic_path(path) as temporary:
-        sheet.save(temporary, format="PNG", optimize=True)
+        sheet.save(temporary, format="PNG")
     return Path(path)
 
 

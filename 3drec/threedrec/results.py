@@ -1,12 +1,14 @@
 """What comes out: pictures of the scene, numbers against the reference, the turntable and the mesh."""
 
 import logging
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from threedrec import registry
 from threedrec.cameras import Cameras, turntable
+from threedrec.errors import InputError
 from threedrec.metrics import mask_iou, psnr, ssim
 from threedrec.report import before_after_sheet, contact_sheet, depth_range, side_by_side
 from threedrec.run import Run
@@ -82,12 +84,31 @@ def save_reference_metrics(run: Run) -> None:
     )
 
 
+def begin_export(run: Run) -> None:
+    """Begin the mesh in a process of its own, so that processors make it while the GPU renders what comes before.
+
+    Not on a CPU, which has nothing to spare.
+    """
+    exporter = _exporter(run)
+    if run.device.type == "cuda" and run.mesh_ahead is None and hasattr(exporter, "begin"):
+        try:
+            with torch.no_grad():
+                run.mesh_ahead = exporter.begin(run.scene.density, run.device)
+        except InputError as error:
+            # The mesh stage's to say; first the turntable shows what the matter is.
+            logger.debug("the mesh cannot be begun: %s", error)
+        except OSError as error:
+            logger.warning("the mesh is made after the turntable, no process can make it beside: %s", error)
+
+
 def export(run: Run) -> int:
     """Write the mesh."""
-    system = run.config.system
-    exporter = registry.find("exporter", system.exporter_type)(system.exporter)
+    exporter, colors = _exporter(run), run.scene.surface_albedo
     with torch.no_grad():
-        report = exporter(run.scene.density, run.scene.surface_albedo, run.save_dir, run.device)
+        if run.mesh_ahead is None:
+            report = exporter(run.scene.density, colors, run.save_dir, run.device)
+        else:
+            report = exporter.finish(run.mesh_ahead, colors, run.save_dir, run.device)
     run.metrics.update(
         {
             "mesh.vertices": report.vertices,
@@ -99,6 +120,11 @@ def export(run: Run) -> int:
     )
     logger.info("mesh: %s", ", ".join(str(file) for file in report.files))
     return 0
+
+
+def _exporter(run: Run) -> Any:
+    system = run.config.system
+    return registry.find("exporter", system.exporter_type)(system.exporter)
 
 
 def _labels(cameras: Cameras) -> list[str]:

@@ -48,6 +48,8 @@ class Run:
 
     optimizer: Any = None
     """The optimiser of score distillation, from its first stage on."""
+    mesh_ahead: Any = None
+    """The mesh that is being made already, see `results.begin_export`."""
 
     @property
     def save_dir(self) -> Path:

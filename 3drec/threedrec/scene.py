@@ -59,11 +59,13 @@ class Scene(nn.Module):
         normal = self.geometry.normal(points)
         offsets = torch.linspace(reach, -2.0 * reach, samples, device=points.device)
         inside = (points[:, None] + offsets[:, None] * normal[:, None]).flatten(0, 1)
-        alpha = 1.0 - torch.exp(-self.density(inside).view(-1, samples) * (3.0 * reach / (samples - 1)))
+        found = self.geometry(inside)
+        alpha = 1.0 - torch.exp(-found.density.view(-1, samples) * (3.0 * reach / (samples - 1)))
         through = torch.cumprod(1.0 - alpha + 1e-6, dim=1)
         weights = alpha * torch.cat([torch.ones_like(through[:, :1]), through[:, :-1]], dim=1) + 1e-6
         weights = weights / weights.sum(dim=1, keepdim=True)
-        return (weights[..., None] * self.albedo(inside).view(-1, samples, 3)).sum(dim=1)
+        colors = self.renderer.material.albedo(found.features)
+        return (weights[..., None] * colors.view(-1, samples, 3)).sum(dim=1)
 
     def views(self, cameras: Cameras, normals: bool = True) -> dict[str, Float[Tensor, "B H W C"]]:
         """Render whole images without light: rgb, opacity, depth (and normal), see `VolumeRenderer.render_image`."""

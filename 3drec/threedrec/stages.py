@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from threedrec.distillation import distill
 from threedrec.imagined_views import fit_views, sample_views
-from threedrec.results import export, test
+from threedrec.results import begin_export, export, test
 from threedrec.run import Run
 
 
@@ -28,7 +28,13 @@ def plan(run: Run) -> list[Stage]:
         stages.append(Stage("coarse", lambda run: distill(run, "coarse", 0, coarse)))
     if total > coarse:
         stages.append(Stage("fine", lambda run: distill(run, "fine", coarse, total)))
-    return [*stages, Stage("test", test), Stage("mesh", export)]
+    return [*stages, Stage("test", _test_beside_mesh), Stage("mesh", export)]
+
+
+def _test_beside_mesh(run: Run) -> int:
+    """`test`, while the mesh that comes after it is begun."""
+    begin_export(run)
+    return test(run)
 
 
 def coarse_steps(run: Run) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor
 from threedrec import losses
 from threedrec.cameras import Cameras
 from threedrec.confidence import Confidence, RaySampler
+from threedrec.draws import host_generator
 from threedrec.guidance.protocol import Guidance
 from threedrec.image import SupportView
 from threedrec.loop import StepResult
@@ -78,7 +79,7 @@ class Supervision:
     ) -> tuple[StepResult, Float[Tensor, "B H W 3"]]:
         """The guidance's judgement of random views, and the surface's regularity there; also return the views."""
         rays_o, rays_d = cameras.rays()
-        draw = torch.rand((), generator=generator, device=generator.device).item()
+        draw = torch.rand((), generator=host_generator(generator)).item()
         ambient = self.ambient_ratio_min + (1.0 - self.ambient_ratio_min) * draw
         out = self._render(cameras, rays_o, rays_d, step, generator, shading=None, ambient_ratio=ambient)
         shape = rays_o.shape[:-1]
@@ -150,7 +151,7 @@ class Supervision:
 def _subgrid(height: int, width: int, rays: int, generator: torch.Generator) -> tuple[slice, slice]:
     """Rows and columns of a regular grid of about ``rays`` pixels with a random phase; all pixels for 0."""
     stride = max(1, round((height * width / rays) ** 0.5)) if rays > 0 else 1
-    phase = torch.randint(stride, (2,), generator=generator, device=generator.device).tolist()
+    phase = torch.randint(stride, (2,), generator=host_generator(generator)).tolist()
     return slice(phase[0], None, stride), slice(phase[1], None, stride)
 
 

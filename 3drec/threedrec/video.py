@@ -130,7 +130,8 @@ def _encode(pictures: Iterable[Picture], path: Path, fps: int) -> None:
             pixelformat="yuv420p",
             macro_block_size=1,
             quality=None,
-            output_params=["-movflags", "+faststart", "-crf", "20"],
+            # Half the processor time of the usual preset; the mesh is being made meanwhile.
+            output_params=["-movflags", "+faststart", "-crf", "20", "-preset", "veryfast"],
         )
         with writer:
             for picture in pictures:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nvsadapter_guidance.sampling_defaults import GUIDANCE_SCALES, STEPS
 from threedrec.errors import InputError
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ logger = logging.getLogger(__name__)
 DEFAULT_COUNT = 8
 DTYPES = ("auto", "fp32", "fp16", "bf16")
 OFFLOADS = ("none", "model", "sequential")
-STEPS = {"mini": 20, "released": 50}
-GUIDANCE_SCALES = {"mini": 2.0, "released": 3.0}
 
 
 @dataclass
@@ -244,7 +243,12 @@ def choose_dtype(job: ViewsJob, family: str, device: "torch.device") -> "torch.d
 
 @contextmanager
 def progress_bar(title: str, total: int, in_bytes: bool = False) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, and a function that moves it on."""
+    """A bar on stderr where that is a terminal, and a function that moves it on.
+
+    A bar of bytes, which may end early because not every byte is of use, disappears in the end.
+    """
+    import sys
+
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -257,7 +261,8 @@ def progress_bar(title: str, total: int, in_bytes: bool = False) -> Iterator[Cal
 
     count = DownloadColumn() if in_bytes else MofNCompleteColumn()
     columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), refresh_per_second=4) as progress:
+    quiet, console = not sys.stderr.isatty(), Console(stderr=True)
+    with Progress(*columns, console=console, refresh_per_second=4, transient=in_bytes, disable=quiet) as progress:
         task = progress.add_task(title, total=total)
         yield lambda amount: progress.advance(task, amount)
 

@@ -7,7 +7,7 @@ released checkpoint, ``nvs_model.json`` (`NVSModelConfig`). The base model and t
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Optional
+from typing import Optional
 
 from nvsadapter_guidance.adapter import CONFIG_NAME, WEIGHTS_NAME, NVSAdapter
 from nvsadapter_guidance.adapter_config import NVSAdapterConfig
@@ -87,8 +87,3 @@ def adapter_part(folder: Path, blueprint: Blueprint) -> Part:
     slots = {ADAPTER + name: Slot(name) for name in adapter.state_dict()}
     path = folder / WEIGHTS_NAME
     return Part(TensorFile(path), slots, str(path))
-
-
-def adapter_description(folder: Path) -> dict[str, Any]:
-    """The adapter's options for people."""
-    return NVSAdapterConfig.load(folder / CONFIG_NAME).to_dict()

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from released_sampler import sigmas_from_alphas, x0_loss
 from tiny_nvs import tiny_nvs_model
 from tiny_training import tiny_run
 from torch import nn
 from torch.utils.data import default_collate
 
 from nvsadapter_guidance.cameras import PINHOLE, RELEASED, look_at, relative_to_support
-from nvsadapter_guidance.diffusion import sigmas_from_alphas, x0_loss
 from nvsadapter_guidance.errors import InputError
 from nvsadapter_guidance.model import NVSModel
 from nvsadapter_guidance.schedule import NoiseSchedule

@@ -15,7 +15,8 @@ from diffusers.models.attention_processor import AttnProcessor
 from tiny_nvs import tiny_nvs_model
 from torch import Tensor, nn
 
-from nvsadapter_guidance.cuda_graphs import GraphCache, GraphedCall, WeightsAt, has_adapters
+from nvsadapter_guidance.cuda_graphs import GraphCache, GraphedCall, WeightsAt, convolution_search, has_adapters
+from nvsadapter_guidance.diffusers_pipeline import NVSAdapterPipeline
 from nvsadapter_guidance.frozen_encoder import FrozenEncoder
 from nvsadapter_guidance.guidance import ScoreDistillation
 from nvsadapter_guidance.memory import PLANS, MemoryPlan
@@ -85,6 +86,58 @@ def test_the_low_memory_plan_makes_no_graphs(graphs: bool) -> None:
     assert not model.graphs.enabled
     ScoreDistillation(model, memory=PLANS["normal"], graphs=graphs)
     assert model.graphs.enabled == graphs
+
+
+def test_whoever_wants_no_graphs_gives_the_memory_of_those_there_are_back() -> None:
+    def cache_with_a_graph(model: NVSModel) -> GraphCache:
+        model.graphs.switch(True)
+        model.graphs._calls["key"] = cast(GraphedCall, object())
+        return model.graphs
+
+    pipeline = NVSAdapterPipeline.from_model(tiny_nvs_model())
+    pipeline.set_progress_bar_config(disable=True)
+    cache = cache_with_a_graph(pipeline.model)
+    for graph, left in (("auto", 1), ("off", 0)):
+        pipeline(torch.zeros(3, 32, 32), [0], [0], num_inference_steps=1, graph=graph)
+        assert len(cache) == left and cache.enabled == (graph == "auto")
+    model = tiny_nvs_model()
+    cache = cache_with_a_graph(model)
+    ScoreDistillation(model, graphs=True)
+    assert len(cache) == 1
+    ScoreDistillation(model, graphs=False)
+    assert len(cache) == 0
+
+
+@pytest.mark.parametrize("usual", [False, True])
+def test_the_search_of_several_threads_ends_with_the_last(usual: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", usual)
+    first_is_in, second_is_in, first_is_out = threading.Event(), threading.Event(), threading.Event()
+    seen = []
+
+    def first() -> None:
+        with convolution_search(True):
+            first_is_in.set()
+            second_is_in.wait(10)
+        first_is_out.set()
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    first_is_in.wait(10)
+    with convolution_search(True):
+        second_is_in.set()
+        first_is_out.wait(10)
+        seen.append(torch.backends.cudnn.benchmark)
+    thread.join()
+    assert seen == [True] and torch.backends.cudnn.benchmark == usual
+    with convolution_search(False):
+        assert torch.backends.cudnn.benchmark == usual
+
+
+def test_deterministic_algorithms_are_not_searched_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    with convolution_search(True):
+        assert not torch.backends.cudnn.benchmark
 
 
 def difference(found: Tensor, expected: Tensor) -> float:

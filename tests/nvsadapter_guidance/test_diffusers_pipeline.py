@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DiffusionPipeline, UniPCMultistepScheduler
+from diffusers import DEISMultistepScheduler, DiffusionPipeline, UniPCMultistepScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_nvs import tiny_nvs_model
@@ -186,6 +186,24 @@ def test_the_callback_sees_every_step_and_may_change_the_latents(pipeline, image
     assert torch.equal(latents, torch.zeros_like(latents))
 
 
+@pytest.mark.parametrize(("unconditional", "steps", "scale"), [("zeros", 20, 2.0), ("noise", 50, 3.0)])
+def test_steps_and_guidance_suit_the_weights(image, unconditional, steps, scale) -> None:
+    pipeline = quiet(NVSAdapterPipeline.from_model(tiny_nvs_model(unconditional_support=unconditional)))
+    places = {"elevations": [0], "azimuths": [30], "output_type": "np"}
+    found, expected = (
+        pipeline(image, generator=torch.Generator().manual_seed(0), **places, **options).images
+        for options in ({}, {"num_inference_steps": steps, "guidance_scale": scale})
+    )
+    assert np.array_equal(found, expected)
+
+
+def test_what_was_saved_in_half_precision_comes_back_in_one_precision(folder, tmp_path) -> None:
+    NVSAdapterPipeline.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(tmp_path)
+    for options, expected in (({}, torch.float32), ({"dtype": torch.bfloat16}, torch.bfloat16)):
+        loaded = NVSAdapterPipeline.from_pretrained(tmp_path, **options)
+        assert loaded.unet.dtype == loaded.image_encoder.dtype == expected and loaded.vae.dtype == torch.float32
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_keeps_what_needs_more(pipeline, folder, image, dtype) -> None:
     reference = views(quiet(NVSAdapterPipeline.from_pretrained(folder)), image)
@@ -237,11 +255,20 @@ def test_images_of_all_kinds_are_the_same() -> None:
         ({"output_type": "jpeg"}, "output_type 'jpeg'"),
         ({"image_size": 64}, "image_size is 64"),
         ({"latents": torch.zeros(3, 4, 8, 8)}, "8 views and noise for 3"),
+        ({"latents": torch.zeros(8, 4, 4, 8)}, r"size \(4, 4, 8\) a view; the model's latents have \(4, 8, 8\)"),
+        ({"num_query": 1.5}, "num_query is 1.5; use a whole number"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps is 2.5"),
     ],
 )
 def test_mistakes_are_named(pipeline, image, options, words) -> None:
     with pytest.raises(InputError, match=words):
         views(pipeline, image, **options)
+
+
+def test_a_scheduler_that_cannot_start_from_pure_noise_makes_no_black_pictures(pipeline, image) -> None:
+    pipeline.scheduler = DEISMultistepScheduler.from_config(pipeline.scheduler.config)
+    with pytest.raises(InputError, match="DEISMultistepScheduler left the finite numbers; use euler"):
+        views(pipeline, image)
 
 
 def test_generators_of_each_view_are_refused(pipeline, image) -> None:

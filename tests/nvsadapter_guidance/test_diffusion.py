@@ -2,25 +2,20 @@
 
 import pytest
 import torch
+from released_sampler import denoise, euler_sample, quantise_sigma, sampling_sigmas, sigmas_from_alphas, x0_loss
 from torch import Tensor
 
 from nvsadapter_guidance.diffusion import (
     add_noise,
-    denoise,
     draw_timesteps,
-    euler_sample,
     guide,
     legacy_alphas_cumprod,
-    quantise_sigma,
-    sampling_sigmas,
     sampling_timesteps,
     sds_gradient,
     sds_loss,
     shift_schedule,
-    sigmas_from_alphas,
     split_prediction,
     training_target,
-    x0_loss,
 )
 from nvsadapter_guidance.errors import InputError
 

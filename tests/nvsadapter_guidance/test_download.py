@@ -182,7 +182,7 @@ def test_a_wrong_checksum_is_refused_and_the_next_mirror_taken(server, tmp_path)
     assert done.path.read_bytes() == CONTENT
     with pytest.raises(InputError, match="SHA-256 is .* is published") as caught:
         download(model(server.url("/wrong")), tmp_path / "other")
-    assert "\n" not in str(caught.value) and not os.listdir(tmp_path / "other")
+    assert "\n" not in str(caught.value) and not (tmp_path / "other").exists()
 
 
 def test_a_wrong_size_is_refused_before_anything_arrives(server, tmp_path):
@@ -297,6 +297,22 @@ def test_unfinished_downloads_of_other_files_stay(tmp_path, monkeypatch):
     other.touch()
     download(hub_file(), tmp_path, sources=["c/right"])
     assert other.exists() and not (tmp_path / HUB_STAGING / "model.ckpt").exists()
+
+
+@pytest.mark.parametrize("arrived", [b"", b"half"])
+def test_a_hub_that_cannot_be_reached_leaves_nothing_but_what_had_arrived(tmp_path, monkeypatch, arrived):
+    def cut(repository, name, local_dir):
+        marks = Path(local_dir) / ".cache" / "huggingface" / "download"
+        marks.mkdir(parents=True)
+        (marks / f"{name}.lock").touch()
+        (marks / f"{name}.abc.incomplete").write_bytes(arrived)
+        raise OSError("no connection")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", cut)
+    with pytest.raises(InputError, match="no connection"):
+        download(hub_file(), tmp_path / "new", sources=["a/b"])
+    assert [path.read_bytes() for path in tmp_path.rglob("*.incomplete")] == ([arrived] if arrived else [])
+    assert (tmp_path / "new").exists() == bool(arrived)
 
 
 def test_another_hub_can_be_named(tmp_path, monkeypatch):

@@ -6,23 +6,18 @@ from typing import Callable
 import pytest
 import torch
 from golden_files import GOLDEN, GoldenFile, assert_relative, build_model, golden, golden_file, needs_golden
+from released_sampler import denoise, euler_steps, quantise_sigma, sampling_sigmas, sigmas_from_alphas, x0_loss
 from torch import Tensor
 
 from nvsadapter_guidance.cameras import RELEASED, look_at, relative_to_support
 from nvsadapter_guidance.diffusion import (
     add_noise,
-    denoise,
-    euler_steps,
     guide,
     legacy_alphas_cumprod,
-    quantise_sigma,
-    sampling_sigmas,
     sampling_timesteps,
     sds_gradient,
     sds_loss,
-    sigmas_from_alphas,
     split_prediction,
-    x0_loss,
 )
 from nvsadapter_guidance.rays import RayEmbedding, latent_rays
 from nvsadapter_guidance.support_cache import SupportCache

@@ -93,6 +93,19 @@ def test_unet_output_and_stages(case: str) -> None:
             assert_relative(recorded[name[len(case) + 5 :]], file[name])
 
 
+@pytest.mark.parametrize(("recorded", "times"), [(2, 3), (1, 16), (4, 4)])
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+def test_more_query_views_than_were_recorded(kind: str, recorded: int, times: int) -> None:
+    """Views that learned tokens keep apart: 6 and 16 of them are the recorded 2, 1 and 4, several times over."""
+    file, model, case = golden_file("unet_tiny"), tiny_unet(kind), f"{kind}.n{recorded}.mixed"
+    arguments = case_arguments(file, case)
+    rays = arguments["ray_embedding"]
+    arguments["query_latents"] = arguments["query_latents"].repeat(1, times, 1, 1, 1)
+    arguments["ray_embedding"] = torch.cat((rays[:, :1], rays[:, 1:].repeat(1, times, 1, 1, 1)), dim=1)
+    with torch.no_grad():
+        assert_relative(model(**arguments), file[f"{case}.out"].repeat(1, times, 1, 1, 1))
+
+
 @pytest.mark.parametrize("kind", sorted(golden_file("unet_tiny").options["config"]) if GOLDEN.is_dir() else ["absent"])
 def test_released_weights_survive_the_round_trip(kind: str) -> None:
     weights = golden_file("unet_tiny").weights(f"{kind}.")

@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from golden_files import assert_relative, golden, golden_file, needs_golden
+from released_sampler import denoise, euler_sample, sampling_sigmas, sigmas_from_alphas
 from test_golden_diffusion import sample_model
 from torch import Tensor
 
@@ -71,6 +71,17 @@ def test_all_reach_the_exact_solution_for_gaussian_data(name: str, schedule: Noi
     assert errors[1] < 0.03 and errors[1] <= errors[0]
 
 
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_schedulers_are_exchanged_by_their_configuration(name: str, schedule: NoiseSchedule) -> None:
+    named = build_scheduler(name, schedule)
+    exchanged = type(named).from_config(build_scheduler("euler", schedule).config)
+    options = [key for key in named.config if not key.startswith("_")]
+    assert {key: exchanged.config[key] for key in options} == {key: named.config[key] for key in options}
+    torch.testing.assert_close(*(solve(scheduler, schedule, 20) for scheduler in (exchanged, named)))
+    back = EulerScheduler.from_config(json.loads(exchanged.to_json_string()))
+    torch.testing.assert_close(back.alphas_cumprod, named.alphas_cumprod.double(), rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", ["dpm++", "unipc"])
 def test_second_order_needs_fewer_steps_than_euler(name: str) -> None:
     exact = noise() * SPREAD
@@ -79,13 +90,13 @@ def test_second_order_needs_fewer_steps_than_euler(name: str) -> None:
 
 
 def test_euler_equals_the_released_form() -> None:
-    table = diffusion.sigmas_from_alphas(RELEASED.alphas_cumprod)
-    sigmas = diffusion.sampling_sigmas(RELEASED.alphas_cumprod, 7)
+    table = sigmas_from_alphas(RELEASED.alphas_cumprod)
+    sigmas = sampling_sigmas(RELEASED.alphas_cumprod, 7)
 
-    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        return diffusion.denoise(lambda z, t: gaussian_answer(RELEASED, z, int(t[0])), x, sigma, table)
+    def clean(x: Tensor, sigma: Tensor) -> Tensor:
+        return denoise(lambda z, t: gaussian_answer(RELEASED, z, int(t[0])), x, sigma, table)
 
-    expected = diffusion.euler_sample(denoise, noise(), sigmas)
+    expected = euler_sample(clean, noise(), sigmas)
     torch.testing.assert_close(solve(build_scheduler("euler", RELEASED), RELEASED, 7), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -99,16 +110,6 @@ def test_euler_reports_the_clean_latents_of_every_step() -> None:
     scheduler.set_timesteps(1)
     output = scheduler.step(gaussian_answer(MINI, noise(), 999), 999, noise())
     assert torch.equal(output.prev_sample, output.pred_original_sample)
-
-
-@pytest.mark.parametrize("kind", [UniPCMultistepScheduler, DPMSolverMultistepScheduler])
-def test_schedulers_are_exchanged_by_their_configuration(kind: type, schedule: NoiseSchedule) -> None:
-    euler = build_scheduler("euler", schedule)
-    other = kind.from_config(euler.config)
-    assert other.config.prediction_type == schedule.prediction_type
-    torch.testing.assert_close(other.alphas_cumprod[:-1], euler.alphas_cumprod[:-1].float(), rtol=1e-3, atol=1e-7)
-    back = EulerScheduler.from_config(json.loads(other.to_json_string()))
-    torch.testing.assert_close(back.alphas_cumprod, euler.alphas_cumprod)
 
 
 def test_euler_without_betas_is_stable_diffusions() -> None:

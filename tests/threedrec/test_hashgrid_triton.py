@@ -125,11 +125,12 @@ def test_each_way_to_the_table_works_alone_and_again():
     assert values.abs().max() > 0 and slopes.abs().max() > 0
 
 
+@pytest.mark.parametrize("spread", [False, True], ids=["together", "spread"])
 @pytest.mark.parametrize(("count", "group"), [(0, 1), (1, 2), (32, 4), (45, 1)])
-def test_any_number_of_points_in_any_groups_of_levels(count: int, group: int, monkeypatch, poison):
+def test_any_number_of_points_in_any_groups_of_levels(count: int, group: int, spread: bool, sums, monkeypatch, poison):
     from threedrec.field import hashgrid_triton
 
-    small = {"BLOCK": 16, "GROUP": group, "num_warps": 1}
+    small = {"BLOCK": 16, "GROUP": group, "SPREAD": spread, "num_warps": 1}
     for name in hashgrid_triton.LAUNCH:
         monkeypatch.setitem(hashgrid_triton.LAUNCH, name, {k: small[k] for k in hashgrid_triton.LAUNCH[name]})
     x, table = points(count), new_table()
@@ -240,7 +241,7 @@ def volumes(network: dict | None = None, **changes) -> tuple[ImplicitVolume, Imp
         config = ImplicitVolume.Config(
             normal_type="analytic",
             pos_encoding_config=encoding_config(backend=backend, **changes),
-            mlp_network_config=MLPConfig(n_neurons=16, **(network or {})),
+            mlp_network_config=MLPConfig(n_neurons=16, **{"backend": "torch"} | (network or {})),
         )
         fields.append(ImplicitVolume(config).to(DEVICE, KIND))
     for parameter in fields[0].parameters():
@@ -269,6 +270,24 @@ def test_a_field_with_normals_trains_as_its_twin_does(changes: dict, poison):
         error = torch.linalg.vector_norm(one.double() - other) / torch.linalg.vector_norm(other)
         assert error < (2e-2 if REAL else 1e-8)
     assert_close(field.normal(x), got.normal, share=0.999 if REAL else 1.0)
+
+
+@pytest.mark.parametrize("bias", ["blob_magic3d", "blob_dreamfusion", 2.0])
+@pytest.mark.parametrize("count", [0, COUNT])
+def test_a_normal_in_one_kernel_is_the_definition_and_trains_like_it(bias: float | str, count: int, poison):
+    from threedrec.field.normal_kernel import normal_triton
+
+    volume = ImplicitVolume(ImplicitVolume.Config(density_bias=bias)).to(DEVICE)
+    x, pulled = (points(count) - 0.3).double(), torch.randn(count, 3, device=DEVICE, dtype=torch.float64)
+    pulled.requires_grad_(True)
+    short = pulled.detach().to(KIND).requires_grad_(True)
+    got = normal_triton(short, x.to(KIND), 0.5, bias, 10.0, 0.5)
+    want = torch.nn.functional.normalize(-(pulled / 2.0 + volume._bias_gradient(x)), dim=-1)
+    assert_close(got, want)
+    pull = torch.randn_like(want)
+    got_grad, want_grad = torch.autograd.grad(got, short, pull.to(KIND)), torch.autograd.grad(want, pulled, pull)
+    error = torch.linalg.vector_norm(got_grad[0].double() - want_grad[0])
+    assert error <= (1e-4 if REAL else 1e-12) * torch.linalg.vector_norm(want_grad[0])
 
 
 @pytest.mark.parametrize("sums", [True], ids=["fixed-sums"], indirect=True)
@@ -300,35 +319,14 @@ def test_network_and_lookup_in_one_kernel_equal_the_two(neurons: int, layers: in
     grid = build_encoding(encoding_config()).to(DEVICE, KIND)
     assert isinstance(grid, HashGrid)
     torch.nn.init.normal_(grid.table)
-    network = VanillaMLP(4, 1, MLPConfig(n_neurons=neurons, n_hidden_layers=layers)).to(DEVICE, KIND)
+    config = MLPConfig(n_neurons=neurons, n_hidden_layers=layers, backend="torch")
+    network = VanillaMLP(4, 1, config).to(DEVICE, KIND)
     assert fits(network) == fused
     x = points()
     assert_close(grid.through(x, network), network(encode_plain(x, grid.table, LEVELS)))
     with torch.no_grad():
         network.layers[0].weight[0, 0] = torch.nan
     assert grid.through(x, network).isnan().all()
-
-
-@pytest.mark.parametrize(("outputs", "layers", "slope"), [(1, 1, True), (3, 1, False), (1, 2, False)])
-def test_a_network_in_one_kernel_trains_as_its_twin_does(outputs: int, layers: int, slope: bool, poison):
-    config = {"n_neurons": 32, "n_hidden_layers": layers}
-    network = VanillaMLP(16, outputs, MLPConfig(**config, backend="triton")).to(DEVICE, KIND)
-    twin = VanillaMLP(16, outputs, MLPConfig(**config, backend="torch")).to(DEVICE).double()
-    twin.load_state_dict(network.state_dict())
-    x = torch.randn(4 * COUNT + 3, 16, device=DEVICE, dtype=KIND, requires_grad=True)
-    exact_x = x.detach().double().requires_grad_(True)
-    got, want = (n.with_gradient(v) if slope else (n(v),) for n, v in ((network, x), (twin, exact_x)))
-    pulls = [torch.randn_like(part) for part in want]
-    for one, other in zip(got, want, strict=True):
-        # A neuron within rounding of zero may be on in one and off in the other.
-        assert_close(one, other, share=0.999 if REAL else 1.0)
-    losses = [sum((p * q.to(p)).sum() for p, q in zip(o, pulls, strict=True)) for o in (got, want)]
-    grads = torch.autograd.grad(losses[0], [x, *network.parameters()])
-    for one, other in zip(grads, torch.autograd.grad(losses[1], [exact_x, *twin.parameters()]), strict=True):
-        error = torch.linalg.vector_norm(one.double() - other) / torch.linalg.vector_norm(other)
-        assert error < (1e-3 if REAL else 1e-12)
-    empty = network(x[:0])
-    assert empty.shape == (0, outputs) and torch.autograd.grad(empty.sum(), network.weights[0])[0].abs().max() == 0
 
 
 def test_where_points_want_gradients_pytorch_does_the_lookup():

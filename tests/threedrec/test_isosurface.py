@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from threedrec.errors import InputError
-from threedrec.mesh.isosurface import Grid, extract_isosurface, keep_solid, sample_density, smoothed, smoothed_on
+from threedrec.mesh.isosurface import Grid, keep_solid
+from threedrec.mesh.sampling import extract_isosurface, sample_density
 from threedrec.mesh.threshold import automatic_threshold
 from threedrec.mesh.types import Mesh, is_watertight
 
@@ -159,11 +160,3 @@ def test_a_faint_field_still_gets_a_threshold() -> None:
     grid = Grid.covering(np.full(3, -1.0), np.full(3, 1.0), 32)
     density = sample_density(lambda p: soft(p.norm(dim=-1) - 0.4, 60.0, 0.4), grid)
     assert 0.0 < automatic_threshold(density, grid.spacing) < 0.4
-
-
-@pytest.mark.parametrize("sigma", [0.4, 1.5, 3.0])
-def test_smoothing_on_a_device_is_that_of_scipy(sigma: float) -> None:
-    field = np.random.default_rng(0).normal(size=(9, 14, 5)).astype(np.float32)
-    found = smoothed_on(field, sigma, torch.device("cpu"))
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, smoothed(field, sigma, torch.device("cpu")), atol=1e-6)

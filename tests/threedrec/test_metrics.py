@@ -18,6 +18,14 @@ def test_psnr_by_hand() -> None:
     assert psnr(black, black).item() == float("inf")
 
 
+def test_ssim_is_that_of_torchmetrics() -> None:
+    twin = pytest.importorskip("torchmetrics.functional.image").structural_similarity_index_measure
+    image = torch.rand(3, 40, 52, 3, generator=torch.Generator().manual_seed(0))
+    other = (image + 0.2 * torch.rand(image.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
+    planes = [images.permute(0, 3, 1, 2) for images in (image, other)]
+    assert ssim(image, other).item() == pytest.approx(float(twin(*planes, data_range=1.0)), abs=1e-5)
+
+
 def test_ssim_by_hand() -> None:
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(1, 16, 16, 3, generator=generator)

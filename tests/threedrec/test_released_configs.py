@@ -74,6 +74,37 @@ def test_an_unknown_pose_convention_is_named():
         load_config("configs/nvsadapter-released.yaml", ["system.guidance.pose_convention=script"])
 
 
+@pytest.mark.parametrize("value", ["off", "'off'", "false"])
+def test_graphs_are_switched_off_by_the_word_that_yaml_takes_for_false(value):
+    assert load_config("configs/nvsadapter.yaml", [f"system.guidance.graph={value}"]).system.guidance.graph == "off"
+    for other in ("on", "true"):
+        with pytest.raises(InputError, match="system.guidance.graph: expected one of auto, off"):
+            load_config("configs/nvsadapter.yaml", [f"system.guidance.graph={other}"])
+
+
+@pytest.mark.parametrize(
+    ("key", "bad", "good"),
+    [
+        ("min_step_percent", -0.1, 0.0),
+        ("max_step_percent", 1.1, 1.0),
+        ("max_step_percent", [0, 0.98, 1.5, 5000], [0, 0.98, 0.5, 5000]),
+        ("grad_clip", -1.0, 1.0),
+    ],
+)
+def test_shares_of_the_noise_schedule_are_shares(key, bad, good):
+    with pytest.raises(InputError, match=f"system.guidance.{key}: must be at"):
+        load_config("configs/nvsadapter.yaml", [f"system.guidance.{key}={bad}"])
+    loaded = load_config("configs/nvsadapter.yaml", [f"system.guidance.{key}={good}"])
+    assert getattr(loaded.system.guidance, key) == good
+
+
+def test_a_yaml_file_beside_weights_that_have_none_is_refused():
+    config = load_config("configs/nvsadapter.yaml", ["system.guidance.pretrained=mini", "recipe=none"]).system.guidance
+    config.pretrained_config = "nowhere.yaml"
+    with pytest.raises(InputError, match="system.guidance.pretrained_config: goes with a released checkpoint alone"):
+        NVSAdapterGuidance(config, torch.device("cpu"))
+
+
 def test_the_embedded_model_refuses_the_sampling_convention():
     config = load_config("configs/nvsadapter.yaml", ["system.guidance.pretrained=mini", "recipe=none"]).system.guidance
     config.pose_convention = "released-sampling"

@@ -3,7 +3,7 @@ import pytest
 import torch
 import trimesh
 
-from threedrec.mesh.isosurface import extract_isosurface
+from threedrec.mesh.sampling import extract_isosurface
 from threedrec.mesh.simplify import keep_large_parts, make_manifold, simplify
 from threedrec.mesh.types import Mesh, edge_counts, is_watertight, vertex_normals
 

@@ -117,6 +117,14 @@ def test_the_files_are_exactly_these(command, model, image):
     assert Image.open(folder / "sheet.png").size[0] > 3 * 128
 
 
+def test_a_damaged_checkpoint_is_one_line_and_leaves_no_folder(released, image, tmp_path, capsys):
+    damaged = tmp_path / "cut.ckpt"
+    damaged.write_bytes(released.read_bytes()[:5000])
+    code = cli.main(["views", str(image), "-o", str(tmp_path / "out"), "--model", str(damaged), "--gpu", "cpu"])
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert code == 2 and line.startswith(f"error: {damaged}: is truncated") and not (tmp_path / "out").exists()
+
+
 def test_a_seed_repeats_the_views(command):
     first, again, other = (
         command("--count", "2", "--seed", seed, output=name)[2] for name, seed in (("a", "1"), ("b", "1"), ("c", "2"))
@@ -274,6 +282,7 @@ def test_the_scripts_mistakes_end_in_one_line(script, image):
     line = ["--input_image_path", image, "--elevations", 0, "--azimuths", 0]
     for more, words in (
         (["--ckpt_path", "base.ckpt"], "--ckpt_path base.ckpt: no such file"),
+        (["--ckpt_path", ""], "--ckpt_path : no such file"),
         (["--config_path", "base.yaml"], "--config_path base.yaml: no such file"),
         (["--azimuths", 0, 30], "1 given beside 2"),
         (["--input_image_path", "none.png"], "none.png: no such file"),

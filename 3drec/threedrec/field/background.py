@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from threedrec.draws import host_generator
 from threedrec.errors import InputError
 from threedrec.field.activations import activation
 from threedrec.field.encoding import EncodingConfig, build_encoding
@@ -14,9 +15,9 @@ from threedrec.field.mlp import MLPConfig, VanillaMLP
 
 def _augmented(color: Tensor, probability: float, generator: torch.Generator | None) -> Tensor:
     """Return ``color``, or with the given probability one random colour for all rays."""
-    device = color.device if generator is None else generator.device
-    if torch.rand((), generator=generator, device=device).item() >= probability:
+    if torch.rand((), generator=host_generator(generator)).item() >= probability:
         return color
+    device = color.device if generator is None else generator.device
     return torch.rand((1, color.shape[1]), generator=generator, device=device).to(color).expand_as(color)
 
 

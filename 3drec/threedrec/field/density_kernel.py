@@ -15,11 +15,11 @@ import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
 
-from threedrec.field.hashgrid_kernels import level_features
+from threedrec.field.hashgrid_kernels import level_features, points_of_program
 from threedrec.field.hashgrid_triton import Grid, pyramid
 from threedrec.field.mlp import VanillaMLP
 
-SETTINGS: dict[str, Any] = {"BLOCK": 128, "num_warps": 4}
+SETTINGS: dict[str, Any] = {"BLOCK": 64, "num_warps": 4}
 """By measurement (``benchmarks/hashgrid.py --sweep``)."""
 
 WIDTHS = (16, 32, 64, 128)
@@ -36,8 +36,7 @@ def density_kernel(
 
     ``first`` (LEVELS CHANNELS, NEURONS), ``second`` (NEURONS, NEURONS), ``last`` (NEURONS, 1).
     """
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    within = index < count
+    index, within, _ = points_of_program(count, BLOCK, 2 * BLOCK)
     kind: tl.constexpr = points.dtype.element_ty
     neuron, channel = tl.arange(0, NEURONS), tl.arange(0, CHANNELS)
     hidden = tl.zeros([BLOCK, NEURONS], dtype=kind)
@@ -55,6 +54,7 @@ def density_kernel(
         hidden = tl.dot(hidden, weights, input_precision=PRECISION)
         hidden = tl.where(hidden < 0.0, 0.0, hidden)
     result = tl.sum(hidden * tl.load(last + neuron)[None, :], axis=1)
+    index, within, _ = points_of_program(count, BLOCK, BLOCK)
     tl.store(out + index, result, mask=within)
 
 
@@ -67,28 +67,32 @@ def fits(network: VanillaMLP) -> bool:
     return widths <= set(WIDTHS) and shapes[-1][0] == 1
 
 
-def raw_density(
-    points: Float[Tensor, "N 3"], grid: Grid, weights: list[Float[Tensor, "Out In"]]
-) -> Float[Tensor, "N 1"]:
-    """Return the ReLU network's output for points in [0, 1]; without gradients.
+def raw_density(points: Float[Tensor, "N 3"], grid: Grid, network: VanillaMLP) -> Float[Tensor, "N 1"]:
+    """Return the output for points in [0, 1] of a network that ``fits``; without gradients.
 
     Args:
         points: clamped.
         grid: the lookup.
-        weights: of two or three linear layers, (out, in) each, of a network that ``fits``.
+        network: of two or three layers.
     """
     points = points.contiguous()
     out = points.new_empty(len(points), 1)
     if len(points) == 0:
         return out
     # (In, Out): neighbouring neurons lie side by side.
-    weights = [weight.detach().t().to(points.dtype).contiguous() for weight in weights]
-    precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    weights = [weight.detach().t().to(points.dtype).contiguous() for weight in network.weights]
     with torch.cuda.device_of(points):
         density_kernel[(-(-len(points) // SETTINGS["BLOCK"]),)](
             points, grid.read, weights[0], weights[len(weights) // 2], weights[-1], out,
             *pyramid(grid.levels, points.device), len(points), grid.opened,
             LEVELS=len(grid.levels), CHANNELS=grid.channels, NEURONS=len(weights[-1]), DEEP=len(weights) == 3,
-            PRECISION=precision, **SETTINGS,
+            PRECISION=_products(points, network), **SETTINGS,
         )  # fmt: skip
     return out
+
+
+def _products(points: Tensor, network: VanillaMLP) -> str:
+    """Return the precision of the second layer's products: the network's own, or float32's where that is PyTorch's."""
+    if points.dtype != torch.float32:
+        return "ieee"
+    return "tf32x3" if network.backend == "torch" or network.precision == "float32" else "tf32"

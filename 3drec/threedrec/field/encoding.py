@@ -141,7 +141,7 @@ class HashGrid(Encoding):
             from threedrec.field.density_kernel import fits, raw_density
 
             if fits(network):
-                return raw_density(x, grid, network.weights)
+                return raw_density(x, grid, network)
         return super().through(x, network)
 
     def _grid(self, x: Tensor) -> "Grid | None":

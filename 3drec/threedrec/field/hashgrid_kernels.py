@@ -1,8 +1,10 @@
 """Triton kernels of the hash encoding; ``hashgrid_triton`` launches them, ``hashgrid`` holds the definition.
 
-One program handles a block of points and, in turn, a group of levels: features of four neighbours, two each, fill a
-memory sector of 32 bytes. Where the result sums over levels the group is all of them. A tile (BLOCK, CHANNELS) holds a
-row's channels side by side, so that one instruction reads, or adds to, a whole row.
+One program handles a block of points and, in turn, a group of levels. A cell is visited edge by edge: the two ends of
+an edge along x lie close together in the table, side by side in a dense level and, since the hash leaves x as it is,
+mostly in the same cache line of a hashed one. Neighbouring lanes take the two ends of one point, so that one
+instruction of a warp reads, or adds to, both: ``index`` says of each of the 2 BLOCK lanes which point it works for. A
+tile (2 BLOCK, CHANNELS) holds a row's channels side by side.
 
 Arguments shared by all kernels: ``points`` (N, 3) in [0, 1]; ``table`` (T, CHANNELS); ``scales`` (L,) float64;
 ``numbers`` (L, 5) int32: strides along y and z, rows, first row, 1 if hashed; ``count`` = N; ``opened``: levels from
@@ -18,11 +20,15 @@ import triton.language as tl
 
 
 @triton.jit
-def points_of_program(count, BLOCK: tl.constexpr):
-    """Return (indices of the points, which of them exist, group of levels); neighbours share the group."""
+def points_of_program(count, BLOCK: tl.constexpr, LANES: tl.constexpr, SPREAD: tl.constexpr = False):
+    """Return (index of each lane's point, whether it exists, group of levels); neighbours share the group.
+
+    ``SPREAD`` takes points far from each other, so that the threads of a warp seldom add to the same row.
+    """
     blocks = tl.cdiv(count, BLOCK)
     program = tl.program_id(0)
-    index = (program % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    block, point = (program % blocks).to(tl.int64), tl.arange(0, LANES) // (LANES // BLOCK)
+    index = point * blocks + block if SPREAD else block * BLOCK + point
     return index, index < count, program // blocks
 
 
@@ -43,16 +49,24 @@ def shape_of(numbers, level):
 
 
 @triton.jit
-def corner_row(cell_x, cell_y, cell_z, corner: tl.constexpr, shape):
-    """Return the table row of a cell's corner; its bits 0, 1, 2 step along x, y, z."""
+def end_row(end, cell_x, cell_y, cell_z, edge: tl.constexpr, shape):
+    """Return the table row of an end (0 or 1) of a cell's edge along x; the edge's bits 0, 1 step along y, z."""
     stride_y, stride_z, size, start, hashed = shape
-    x = cell_x + (corner & 1)
-    y = (cell_y + (corner >> 1 & 1)) * stride_y
-    z = (cell_z + (corner >> 2)) * stride_z
+    x = cell_x + end
+    y = (cell_y + (edge & 1)) * stride_y
+    z = (cell_z + (edge >> 1)) * stride_z
     summed = x + y + z
     # Only corners beyond the last cell run over the end; tiny-cuda-nn wraps them round too.
     summed = tl.where(summed >= size, summed - size, summed)
     return start + tl.where(hashed != 0, (x ^ y ^ z) & (size - 1), summed)
+
+
+@triton.jit
+def load_ends(table, end, cell_x, cell_y, cell_z, edge: tl.constexpr, shape, inside, CHANNELS: tl.constexpr):
+    """Return the features at the lanes' ends of an edge, (2 BLOCK, CHANNELS)."""
+    row = end_row(end, cell_x, cell_y, cell_z, edge, shape)
+    at = row[:, None] * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    return tl.load(table + at, mask=inside[:, None], other=0.0)
 
 
 @triton.jit
@@ -64,12 +78,23 @@ def near_far(fraction, far: tl.constexpr):
 
 
 @triton.jit
-def slope_along(tangent_x, tangent_y, tangent_z, x, y, z, scale, corner: tl.constexpr):
-    """Return the derivative of a corner's weight x y z along a tangent of the point."""
-    step_x = scale if corner & 1 else -scale
-    step_y = scale if corner >> 1 & 1 else -scale
-    step_z = scale if corner >> 2 else -scale
-    return tangent_x * step_x * y * z + tangent_y * step_y * x * z + tangent_z * step_z * x * y
+def along_edge(end, fraction_x):
+    """Return the weight along x of the lanes' ends, and the sign of its slope."""
+    return tl.where(end == 1, fraction_x, 1.0 - fraction_x), tl.where(end == 1, 1.0, -1.0).to(fraction_x.dtype)
+
+
+@triton.jit
+def both_ends(values, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
+    """Return each point's sum over its two lanes, (BLOCK, CHANNELS)."""
+    return tl.sum(tl.reshape(values, [BLOCK, 2, CHANNELS]), axis=1)
+
+
+@triton.jit
+def across_edge(tangent_y, tangent_z, y, z, edge: tl.constexpr):
+    """Return the derivative of an edge's weight y z, in cells, along a tangent of the point."""
+    step_y = tangent_y if edge & 1 else -tangent_y
+    step_z = tangent_z if edge >> 1 else -tangent_z
+    return step_y * z + step_z * y
 
 
 @triton.jit
@@ -86,18 +111,57 @@ def level_features(points, table, scales, numbers, index, inside, level, CHANNEL
     """Return the features of one level, (BLOCK, CHANNELS)."""
     kind: tl.constexpr = points.dtype.element_ty
     scale, shape = tl.load(scales + level).to(kind), shape_of(numbers, level)
-    channel = tl.arange(0, CHANNELS)
+    end = tl.arange(0, 2 * BLOCK) % 2
     cell_x, fraction_x = locate(points, index, inside, 0, scale)
     cell_y, fraction_y = locate(points, index, inside, 1, scale)
     cell_z, fraction_z = locate(points, index, inside, 2, scale)
-    sums = tl.zeros([BLOCK, CHANNELS], dtype=kind)
-    for corner in tl.static_range(8):
-        row = corner_row(cell_x, cell_y, cell_z, corner, shape)
-        weight = near_far(fraction_x, corner & 1) * near_far(fraction_y, corner >> 1 & 1)
-        weight = weight * near_far(fraction_z, corner >> 2)
-        values = tl.load(table + row[:, None] * CHANNELS + channel[None, :], mask=inside[:, None], other=0.0)
+    weight_x = along_edge(end, fraction_x)[0]
+    sums = tl.zeros([2 * BLOCK, CHANNELS], dtype=kind)
+    for edge in tl.static_range(4):
+        weight = weight_x * near_far(fraction_y, edge & 1) * near_far(fraction_z, edge >> 1)
+        values = load_ends(table, end, cell_x, cell_y, cell_z, edge, shape, inside, CHANNELS)
         sums += weight[:, None] * values.to(kind)
-    return sums
+    return both_ends(sums, CHANNELS, BLOCK)
+
+
+@triton.jit
+def level_tangent(
+    points, table, tangent, scales, numbers, index, inside, level, CHANNELS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Return the derivative of one level's features along a tangent, (BLOCK, CHANNELS)."""
+    kind: tl.constexpr = points.dtype.element_ty
+    scale, shape = tl.load(scales + level).to(kind), shape_of(numbers, level)
+    end = tl.arange(0, 2 * BLOCK) % 2
+    cell_x, fraction_x = locate(points, index, inside, 0, scale)
+    cell_y, fraction_y = locate(points, index, inside, 1, scale)
+    cell_z, fraction_z = locate(points, index, inside, 2, scale)
+    tangent_x, tangent_y, tangent_z = tangent
+    weight_x, sign = along_edge(end, fraction_x)
+    sums = tl.zeros([2 * BLOCK, CHANNELS], dtype=kind)
+    for edge in tl.static_range(4):
+        y, z = near_far(fraction_y, edge & 1), near_far(fraction_z, edge >> 1)
+        slope = sign * tangent_x * y * z + weight_x * across_edge(tangent_y, tangent_z, y, z, edge)
+        values = load_ends(table, end, cell_x, cell_y, cell_z, edge, shape, inside, CHANNELS)
+        sums += (scale * slope)[:, None] * values.to(kind)
+    return both_ends(sums, CHANNELS, BLOCK)
+
+
+@triton.jit
+def put_level(tile, values, member, GROUP: tl.constexpr):
+    """Return ``tile`` (BLOCK, GROUP, CHANNELS) with ``values`` (BLOCK, CHANNELS) at a member of the group."""
+    return tl.where((tl.arange(0, GROUP) == member)[None, :, None], values[:, None, :], tile)
+
+
+@triton.jit
+def store_group(
+    out, tile, count, group, LEVELS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr
+):
+    """Write a group of levels, side by side: one write of a memory sector, not one of each of its parts."""
+    index, exists, _ = points_of_program(count, BLOCK, BLOCK)
+    column = group * (GROUP * CHANNELS) + tl.arange(0, GROUP * CHANNELS)[None, :]
+    rows = tl.reshape(tile, [BLOCK, GROUP * CHANNELS]).to(out.dtype.element_ty)
+    inside = exists[:, None] & (column < LEVELS * CHANNELS)
+    tl.store(out + index[:, None] * (LEVELS * CHANNELS) + column, rows, mask=inside)
 
 
 @triton.jit(do_not_specialize=["count", "opened"])
@@ -106,15 +170,16 @@ def features_kernel(
     LEVELS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """``out`` (N, LEVELS CHANNELS): the features."""
-    index, exists, group = points_of_program(count, BLOCK)
+    index, exists, group = points_of_program(count, BLOCK, 2 * BLOCK)
+    tile = tl.zeros([BLOCK, GROUP, CHANNELS], dtype=points.dtype.element_ty)
     for member in range(GROUP):
         level = group * GROUP + member
         # A closed level reads nothing and writes zeros; the last group may reach beyond the levels.
         inside = exists & (level < opened)
         known = tl.minimum(level, LEVELS - 1)
-        sums = level_features(points, table, scales, numbers, index, inside, known, CHANNELS, BLOCK)
-        at = index[:, None] * (LEVELS * CHANNELS) + level * CHANNELS + tl.arange(0, CHANNELS)[None, :]
-        tl.store(out + at, sums.to(out.dtype.element_ty), mask=(exists & (level < LEVELS))[:, None])
+        values = level_features(points, table, scales, numbers, index, inside, known, CHANNELS, BLOCK)
+        tile = put_level(tile, values, member, GROUP)
+    store_group(out, tile, count, group, LEVELS, CHANNELS, BLOCK, GROUP)
 
 
 @triton.jit(do_not_specialize=["count", "opened"])
@@ -123,28 +188,22 @@ def tangent_kernel(
     LEVELS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """``out`` (N, LEVELS CHANNELS): the derivative of the features along ``tangents`` (N, 3)."""
-    index, exists, group = points_of_program(count, BLOCK)
-    kind: tl.constexpr = points.dtype.element_ty
-    channel = tl.arange(0, CHANNELS)
-    tangent_x, tangent_y, tangent_z = load_vector(tangents, index, exists)
+    index, exists, group = points_of_program(count, BLOCK, 2 * BLOCK)
+    tangent = load_vector(tangents, index, exists)
+    tile = tl.zeros([BLOCK, GROUP, CHANNELS], dtype=points.dtype.element_ty)
     for member in range(GROUP):
         level = group * GROUP + member
         inside = exists & (level < opened)
         known = tl.minimum(level, LEVELS - 1)
-        scale, shape = tl.load(scales + known).to(kind), shape_of(numbers, known)
-        cell_x, fraction_x = locate(points, index, inside, 0, scale)
-        cell_y, fraction_y = locate(points, index, inside, 1, scale)
-        cell_z, fraction_z = locate(points, index, inside, 2, scale)
-        sums = tl.zeros([BLOCK, CHANNELS], dtype=kind)
-        for corner in tl.static_range(8):
-            row = corner_row(cell_x, cell_y, cell_z, corner, shape)
-            x, y = near_far(fraction_x, corner & 1), near_far(fraction_y, corner >> 1 & 1)
-            z = near_far(fraction_z, corner >> 2)
-            slope = slope_along(tangent_x, tangent_y, tangent_z, x, y, z, scale, corner)
-            values = tl.load(table + row[:, None] * CHANNELS + channel[None, :], mask=inside[:, None], other=0.0)
-            sums += slope[:, None] * values.to(kind)
-        at = index[:, None] * (LEVELS * CHANNELS) + level * CHANNELS + channel[None, :]
-        tl.store(out + at, sums.to(out.dtype.element_ty), mask=(exists & (level < LEVELS))[:, None])
+        values = level_tangent(points, table, tangent, scales, numbers, index, inside, known, CHANNELS, BLOCK)
+        tile = put_level(tile, values, member, GROUP)
+    store_group(out, tile, count, group, LEVELS, CHANNELS, BLOCK, GROUP)
+
+
+@triton.jit
+def point_sums(values, BLOCK: tl.constexpr):
+    """Return each point's sum over its lanes and their columns, (BLOCK)."""
+    return tl.sum(tl.reshape(tl.sum(values, axis=1), [BLOCK, 2]), axis=1)
 
 
 @triton.jit(do_not_specialize=["count", "opened"])
@@ -153,13 +212,12 @@ def pull_kernel(
     LEVELS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """``out`` (N, 3): J^T g, with J = d(features)/d(point) and g a row of ``pulls`` (N, LEVELS CHANNELS)."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    within = index < count
+    index, within, _ = points_of_program(count, BLOCK, 2 * BLOCK)
     kind: tl.constexpr = points.dtype.element_ty
-    channel = tl.arange(0, CHANNELS)
-    along_x = tl.zeros([BLOCK], dtype=kind)
-    along_y = tl.zeros([BLOCK], dtype=kind)
-    along_z = tl.zeros([BLOCK], dtype=kind)
+    channel, end = tl.arange(0, CHANNELS), tl.arange(0, 2 * BLOCK) % 2
+    along_x = tl.zeros([2 * BLOCK, CHANNELS], dtype=kind)
+    along_y = tl.zeros([2 * BLOCK, CHANNELS], dtype=kind)
+    along_z = tl.zeros([2 * BLOCK, CHANNELS], dtype=kind)
     for level in range(LEVELS):
         inside = within & (level < opened)
         scale, shape = tl.load(scales + level).to(kind), shape_of(numbers, level)
@@ -168,34 +226,39 @@ def pull_kernel(
         cell_z, fraction_z = locate(points, index, inside, 2, scale)
         at = index[:, None] * (LEVELS * CHANNELS) + level * CHANNELS + channel[None, :]
         pull = tl.load(pulls + at, mask=inside[:, None], other=0.0).to(kind) * scale
-        for corner in tl.static_range(8):
-            row = corner_row(cell_x, cell_y, cell_z, corner, shape)
-            values = tl.load(table + row[:, None] * CHANNELS + channel[None, :], mask=inside[:, None], other=0.0)
-            value = tl.sum(values.to(kind) * pull, axis=1)
-            x, y = near_far(fraction_x, corner & 1), near_far(fraction_y, corner >> 1 & 1)
-            z = near_far(fraction_z, corner >> 2)
-            along_x += value * y * z if corner & 1 else -value * y * z
-            along_y += value * x * z if corner >> 1 & 1 else -value * x * z
-            along_z += value * x * y if corner >> 2 else -value * x * y
-    tl.store(out + index * 3, along_x, mask=within)
-    tl.store(out + index * 3 + 1, along_y, mask=within)
-    tl.store(out + index * 3 + 2, along_z, mask=within)
+        weight_x, sign = along_edge(end, fraction_x)
+        for edge in tl.static_range(4):
+            values = load_ends(table, end, cell_x, cell_y, cell_z, edge, shape, inside, CHANNELS).to(kind) * pull
+            y, z = near_far(fraction_y, edge & 1), near_far(fraction_z, edge >> 1)
+            along_x += (sign * y * z)[:, None] * values
+            along_y += (weight_x * (z if edge & 1 else -z))[:, None] * values
+            along_z += (weight_x * (y if edge >> 1 else -y))[:, None] * values
+    index, within, _ = points_of_program(count, BLOCK, BLOCK)
+    tl.store(out + index * 3, point_sums(along_x, BLOCK), mask=within)
+    tl.store(out + index * 3 + 1, point_sums(along_y, BLOCK), mask=within)
+    tl.store(out + index * 3 + 2, point_sums(along_z, BLOCK), mask=within)
 
 
 @triton.jit(do_not_specialize=["count", "opened"])
 def scatter_kernel(
     points, grads, pulls, tangents, unit, sums, scales, numbers, count, opened,
     LEVELS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
-    VALUES: tl.constexpr, SLOPES: tl.constexpr, FIXED: tl.constexpr,
+    SPREAD: tl.constexpr, VALUES: tl.constexpr, SLOPES: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
     """``sums`` (T, CHANNELS) += what every corner receives: w ``grads`` (``VALUES``) and (w' . v) g (``SLOPES``).
 
     w is the corner's weight, w' its slope, v a row of ``tangents`` (N, 3), g a row of ``pulls``. ``FIXED``: sums are
-    64-bit integers, in units of 1 / ``unit[0]``, and do not depend on the order of addition.
+    64-bit integers, in units of 1 / ``unit[0]``, and do not depend on the order of addition. A lane adds a row's
+    float32 at once, of integers each lane adds one: what lies together goes out together.
     """
-    index, exists, group = points_of_program(count, BLOCK)
+    columns: tl.constexpr = 1 if FIXED else CHANNELS
+    lanes: tl.constexpr = 2 * BLOCK * (CHANNELS // columns)
+    index, exists, group = points_of_program(count, BLOCK, lanes, SPREAD)
     kind: tl.constexpr = points.dtype.element_ty
-    channel = tl.arange(0, CHANNELS)
+    lane = tl.arange(0, lanes)
+    end = lane // (CHANNELS // columns) % 2
+    # A remainder would tell the compiler that channels follow each other, and it gave a thread several in turn.
+    channel = (lane & (CHANNELS // columns - 1))[:, None] + tl.arange(0, columns)[None, :]
     factor = tl.load(unit).to(kind) if FIXED else 1.0
     if SLOPES:
         tangent_x, tangent_y, tangent_z = load_vector(tangents, index, exists)
@@ -207,22 +270,22 @@ def scatter_kernel(
         cell_x, fraction_x = locate(points, index, inside, 0, scale)
         cell_y, fraction_y = locate(points, index, inside, 1, scale)
         cell_z, fraction_z = locate(points, index, inside, 2, scale)
-        at = index[:, None] * (LEVELS * CHANNELS) + level * CHANNELS + channel[None, :]
+        weight_x, sign = along_edge(end, fraction_x)
+        at = index[:, None] * (LEVELS * CHANNELS) + level * CHANNELS + channel
+        # What the weight y z of an edge multiplies, and what its slope does.
+        even = tl.zeros([lanes, columns], dtype=kind)
         if VALUES:
-            grad = tl.load(grads + at, mask=inside[:, None], other=0.0).to(kind) * factor
+            even += weight_x[:, None] * (tl.load(grads + at, mask=inside[:, None], other=0.0).to(kind) * factor)
         if SLOPES:
-            pull = tl.load(pulls + at, mask=inside[:, None], other=0.0).to(kind) * factor
-        for corner in tl.static_range(8):
-            row = corner_row(cell_x, cell_y, cell_z, corner, shape)
-            x, y = near_far(fraction_x, corner & 1), near_far(fraction_y, corner >> 1 & 1)
-            z = near_far(fraction_z, corner >> 2)
-            push = tl.zeros([BLOCK, CHANNELS], dtype=kind)
-            if VALUES:
-                push += (x * y * z)[:, None] * grad
+            pull = tl.load(pulls + at, mask=inside[:, None], other=0.0).to(kind) * (factor * scale)
+            even += (sign * tangent_x)[:, None] * pull
+            steep = weight_x[:, None] * pull
+        for edge in tl.static_range(4):
+            y, z = near_far(fraction_y, edge & 1), near_far(fraction_z, edge >> 1)
+            push = (y * z)[:, None] * even
             if SLOPES:
-                push += slope_along(tangent_x, tangent_y, tangent_z, x, y, z, scale, corner)[:, None] * pull
-            target = sums + row[:, None] * CHANNELS + channel[None, :]
+                push += across_edge(tangent_y, tangent_z, y, z, edge)[:, None] * steep
             if FIXED:
-                tl.atomic_add(target, push.to(tl.int64), mask=inside[:, None], sem="relaxed")
-            else:
-                tl.atomic_add(target, push, mask=inside[:, None], sem="relaxed")
+                push = push.to(tl.int64)
+            target = end_row(end, cell_x, cell_y, cell_z, edge, shape)[:, None] * CHANNELS + channel
+            tl.atomic_add(sums + target, push, mask=inside[:, None], sem="relaxed")

@@ -23,13 +23,17 @@ class MLPConfig:
     output_activation: str | None = "none"
     n_neurons: int = 64
     n_hidden_layers: int = 1
-    backend: Literal["auto", "triton", "torch"] = "torch"
+    backend: Literal["auto", "triton", "torch"] = "auto"
     """"triton" (one kernel for all layers, on CUDA), "torch", or "auto": Triton on CUDA where it fits, else PyTorch."""
+    precision: Literal["float32", "tf32", "float16"] = "tf32"
+    """Of the factors in Triton's matrix products; weights and sums are float32. float16 has as many digits as tf32 and
+    is faster, but ends at 65504."""
 
 
-KERNEL_WIDTHS = (16, 32, 64, 128)
+KERNEL_WIDTHS = (16, 32, 64)
 """Inputs and hidden neurons that the Triton kernels can hold."""
 KERNEL_OUTPUTS = 16
+PRECISIONS = ("float32", "tf32", "float16")
 
 
 class VanillaMLP(nn.Module):
@@ -42,7 +46,9 @@ class VanillaMLP(nn.Module):
         if config.n_neurons < 1 or config.n_hidden_layers < 0:
             raise InputError(f"{key}: needs n_neurons >= 1 and n_hidden_layers >= 0")
         check_backend(config.backend, key)
-        self.backend, self.key = config.backend, key
+        if config.precision not in PRECISIONS:
+            raise InputError(f"{key}.precision: unknown {config.precision!r}; use one of {', '.join(PRECISIONS)}")
+        self.backend, self.precision, self.key = config.backend, config.precision, key
         widths = [dim_in, *[config.n_neurons] * config.n_hidden_layers, dim_out]
         self.layers = nn.ModuleList(
             nn.Linear(before, after, bias=False) for before, after in itertools.pairwise(widths)
@@ -52,10 +58,10 @@ class VanillaMLP(nn.Module):
 
     def forward(self, x: Float[Tensor, "N In"]) -> Float[Tensor, "N Out"]:
         """Return one row of outputs per row of inputs."""
-        if self._fused(x, slope=False):
+        if self.fused(x):
             from threedrec.field.mlp_triton import network_triton
 
-            return network_triton(x, self.weights)
+            return network_triton(x, self.weights, self.precision)
         for layer in self.layers[:-1]:
             x = self.hidden(layer(x))
         return self.output(self.layers[-1](x))
@@ -68,10 +74,10 @@ class VanillaMLP(nn.Module):
         """
         if not self.rectified:
             return self._with_autograd(x)
-        if self._fused(x, slope=True):
+        if self.fused(x):
             from threedrec.field.mlp_triton import network_with_gradient
 
-            return network_with_gradient(x, self.weights)
+            return network_with_gradient(x, self.weights, self.precision)
         *hidden, last = self.weights
         masks = []
         for weight in hidden:
@@ -92,17 +98,22 @@ class VanillaMLP(nn.Module):
         """Whether the hidden activation is ReLU and the output is left as it is."""
         return self.hidden is functional.relu and self.output is identity
 
-    def _fused(self, x: Tensor, slope: bool) -> bool:
-        return self.backend != "torch" and use_triton(self.backend, x.device, self._misfit(slope), self.key)
+    def fused(self, x: Float[Tensor, "N In"]) -> bool:
+        """Return whether Triton kernels compute the network of such inputs."""
+        if self.backend == "torch" or (self.backend == "auto" and not x.is_cuda):
+            return False
+        return use_triton(self.backend, x.device, self._misfit(x), self.key)
 
-    def _misfit(self, slope: bool) -> str | None:
-        """Return what the Triton kernels cannot do of this network, its derivative included if ``slope``."""
+    def _misfit(self, x: Tensor) -> str | None:
+        """Return what the Triton kernels cannot do of this network."""
         if not self.rectified:
             return "they know only ReLU without an output activation"
+        if x.is_cuda and x.dtype != torch.float32:
+            return f"they take float32, not {str(x.dtype).removeprefix('torch.')}"
         shapes = [tuple(weight.shape) for weight in self.weights]
         layers, outputs = len(shapes) - 1, shapes[-1][0]
-        if layers not in ((1,) if slope else (1, 2)):
-            return f"n_hidden_layers is {layers}, not 1{'' if slope else ' or 2'}"
+        if layers not in (1, 2):
+            return f"n_hidden_layers is {layers}, not 1 or 2"
         if not {shapes[0][1], shapes[0][0]} <= set(KERNEL_WIDTHS) or outputs > KERNEL_OUTPUTS:
             sizes = f"{shapes[0][1]} inputs, {shapes[0][0]} neurons, {outputs} outputs"
             return f"{sizes}: not of {KERNEL_WIDTHS}, and at most {KERNEL_OUTPUTS} outputs"

@@ -1,8 +1,11 @@
-"""Triton kernels of a small ReLU network: forward with the derivative along the inputs, and the backward of both.
+"""Triton kernels of a small ReLU network: forward and backward, alone and with the derivative along the inputs.
 
 Between the layers nothing goes through memory: the backward pass computes the hidden layers again. Shapes: ``x``
-(N, IN); ``first`` (WIDTH, IN), ``second`` (WIDTH, WIDTH, only if ``DEEP``), ``last`` (16, WIDTH), of which OUT rows
-count and the rest are zero: a matrix product has at least sixteen columns.
+(N, IN); ``first`` (WIDTH, IN), ``second`` (WIDTH, WIDTH, read only if ``DEEP``), ``last`` (OUT, WIDTH).
+
+``PRECISION`` is that of matrix products: "ieee", "tf32x3" or "tf32" as in ``tl.dot``, or "float16", which rounds both
+factors to as many digits as "tf32" does. Sums are of the type of ``x``. Gradients are scaled to their block's largest
+before they become float16, so that small ones do not vanish.
 """
 
 # Triton gives the types of a kernel's arguments at its launch.
@@ -14,9 +17,19 @@ import triton.language as tl
 
 
 @triton.jit
-def matrix(weights, rows: tl.constexpr, columns: tl.constexpr):
-    """Return a weight matrix as it lies in memory."""
-    return tl.load(weights + tl.arange(0, rows)[:, None] * columns + tl.arange(0, columns)[None, :])
+def product(a, b, PRECISION: tl.constexpr):
+    """Return the matrix product."""
+    if PRECISION == "float16":
+        return tl.dot(a.to(tl.float16), b.to(tl.float16))
+    else:  # What follows a return is compiled too.
+        return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def matrix(weights, rows: tl.constexpr, columns: tl.constexpr, REAL: tl.constexpr):
+    """Return a weight matrix of REAL rows, followed by rows of zeros: a product has at least sixteen of them."""
+    row, column = tl.arange(0, rows)[:, None], tl.arange(0, columns)[None, :]
+    return tl.load(weights + row * columns + column, mask=row < REAL, other=0.0)
 
 
 @triton.jit
@@ -34,78 +47,175 @@ def relu(x):
     return tl.where(x < 0.0, 0.0, x)
 
 
+@triton.jit
+def size_of(gradient, PRECISION: tl.constexpr):
+    """Return what to divide a block of gradients by before it becomes float16."""
+    if PRECISION == "float16":
+        largest = tl.max(tl.max(tl.abs(gradient), axis=1), axis=0)
+        return tl.where(largest > 0.0, largest, 1.0)
+    else:  # What follows a return is compiled too.
+        return 1.0
+
+
+@triton.jit
+def store_sums(sums, values, rows: tl.constexpr, columns: tl.constexpr, REAL: tl.constexpr):
+    """Write the first REAL rows of a matrix."""
+    row, column = tl.arange(0, rows)[:, None], tl.arange(0, columns)[None, :]
+    tl.store(sums + row * columns + column, values, mask=row < REAL)
+
+
 @triton.jit(do_not_specialize=["count"])
-def forward_kernel(
-    x, first, second, last, y, slope, count,
-    IN: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr, DEEP: tl.constexpr, SLOPE: tl.constexpr,
+def value_kernel(
+    x, first, second, last, y, count,
+    IN: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr, DEEP: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``y`` (N, OUT): the outputs; with ``SLOPE`` (and OUT = 1) ``slope`` (N, IN): their derivative along ``x``."""
+    """``y`` (N, OUT): the outputs."""
+    first_weights, last_weights = matrix(first, WIDTH, IN, WIDTH), matrix(last, 16, WIDTH, OUT)
+    second_weights = matrix(second, WIDTH, WIDTH, WIDTH) if DEEP else 0.0
     block = tl.program_id(0)
-    at, exists = block_of(x, block, count, IN, IN, BLOCK)
-    rows = tl.load(at, mask=exists, other=0.0)
-    first_weights, last_weights = matrix(first, WIDTH, IN), matrix(last, 16, WIDTH)
-    hidden = relu(tl.dot(rows, tl.trans(first_weights), input_precision=PRECISION))
-    if DEEP:
-        hidden = relu(tl.dot(hidden, tl.trans(matrix(second, WIDTH, WIDTH)), input_precision=PRECISION))
-    outputs = tl.dot(hidden, tl.trans(last_weights), input_precision=PRECISION)
-    at, exists = block_of(y, block, count, 16, OUT, BLOCK)
-    tl.store(at, outputs, mask=exists)
-    if SLOPE:
-        lit = tl.load(last + tl.arange(0, WIDTH))[None, :] * (hidden > 0.0).to(hidden.dtype)
-        at, exists = block_of(slope, block, count, IN, IN, BLOCK)
-        tl.store(at, tl.dot(lit, first_weights, input_precision=PRECISION), mask=exists)
+    while block < tl.cdiv(count, BLOCK):
+        at, exists = block_of(x, block, count, IN, IN, BLOCK)
+        rows = tl.load(at, mask=exists, other=0.0)
+        hidden = relu(product(rows, tl.trans(first_weights), PRECISION))
+        if DEEP:
+            hidden = relu(product(hidden, tl.trans(second_weights), PRECISION))
+        at, exists = block_of(y, block, count, 16, OUT, BLOCK)
+        tl.store(at, product(hidden, tl.trans(last_weights), PRECISION), mask=exists)
+        block += tl.num_programs(0)
 
 
 @triton.jit(do_not_specialize=["count"])
-def backward_kernel(
-    x, first, second, last, grad_y, grad_slope, grad_x, grad_first, grad_second, grad_last, count,
-    IN: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr, DEEP: tl.constexpr, SLOPE: tl.constexpr,
+def value_backward_kernel(
+    x, first, second, last, grad_y, grad_x, sums, count,
+    IN: tl.constexpr, WIDTH: tl.constexpr, OUT: tl.constexpr, DEEP: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``grad_x`` (N, IN), and the weights' gradients of each program: one more axis in front, to be summed.
-
-    With m = [hidden > 0] and s = m last, the slope is g = first^T s; so ``grad_slope`` adds s (x) grad_slope to the
-    gradient of the first layer and m (first grad_slope) to that of the last, and nothing to ``grad_x``.
-    """
-    first_weights, last_weights = matrix(first, WIDTH, IN), matrix(last, 16, WIDTH)
-    second_weights = matrix(second, WIDTH, WIDTH) if DEEP else 0.0
+    """``grad_x`` (N, IN), and the gradients of all weights, one after another, of each program: a row of ``sums``."""
+    first_weights, last_weights = matrix(first, WIDTH, IN, WIDTH), matrix(last, 16, WIDTH, OUT)
+    second_weights = matrix(second, WIDTH, WIDTH, WIDTH) if DEEP else 0.0
     kind: tl.constexpr = x.dtype.element_ty
     to_first, to_last = tl.zeros([WIDTH, IN], dtype=kind), tl.zeros([16, WIDTH], dtype=kind)
     to_second = tl.zeros([WIDTH, WIDTH], dtype=kind) if DEEP else 0.0
-    to_lit = tl.zeros([WIDTH], dtype=kind)
     program = tl.program_id(0)
     block = program
     while block < tl.cdiv(count, BLOCK):
         at, exists = block_of(x, block, count, IN, IN, BLOCK)
         rows = tl.load(at, mask=exists, other=0.0)
-        hidden = relu(tl.dot(rows, tl.trans(first_weights), input_precision=PRECISION))
+        hidden = relu(product(rows, tl.trans(first_weights), PRECISION))
         before = hidden
         if DEEP:
-            hidden = relu(tl.dot(before, tl.trans(second_weights), input_precision=PRECISION))
+            hidden = relu(product(before, tl.trans(second_weights), PRECISION))
         at, exists = block_of(grad_y, block, count, 16, OUT, BLOCK)
         grad = tl.load(at, mask=exists, other=0.0)
-        to_last += tl.dot(tl.trans(grad), hidden, input_precision=PRECISION)
-        back = tl.dot(grad, last_weights, input_precision=PRECISION)
-        back = tl.where(hidden > 0.0, back, 0.0)
+        size = size_of(grad, PRECISION)
+        grad = grad / size
+        to_last += size * product(tl.trans(grad), hidden, PRECISION)
+        back = tl.where(hidden > 0.0, product(grad, last_weights, PRECISION), 0.0)
         if DEEP:
-            to_second += tl.dot(tl.trans(back), before, input_precision=PRECISION)
-            back = tl.dot(back, second_weights, input_precision=PRECISION)
-            back = tl.where(before > 0.0, back, 0.0)
-        to_first += tl.dot(tl.trans(back), rows, input_precision=PRECISION)
-        if SLOPE:
-            at, exists = block_of(grad_slope, block, count, IN, IN, BLOCK)
-            pull = tl.load(at, mask=exists, other=0.0)
-            lit = tl.load(last + tl.arange(0, WIDTH))[None, :] * (hidden > 0.0).to(kind)
-            to_first += tl.dot(tl.trans(lit), pull, input_precision=PRECISION)
-            across = tl.dot(pull, tl.trans(first_weights), input_precision=PRECISION)
-            to_lit += tl.sum(tl.where(hidden > 0.0, across, 0.0), axis=0)
+            to_second += size * product(tl.trans(back), before, PRECISION)
+            back = tl.where(before > 0.0, product(back, second_weights, PRECISION), 0.0)
+        to_first += size * product(tl.trans(back), rows, PRECISION)
         at, exists = block_of(grad_x, block, count, IN, IN, BLOCK)
-        tl.store(at, tl.dot(back, first_weights, input_precision=PRECISION), mask=exists)
+        tl.store(at, size * product(back, first_weights, PRECISION), mask=exists)
         block += tl.num_programs(0)
-    row, column, neuron = tl.arange(0, 16), tl.arange(0, IN), tl.arange(0, WIDTH)
-    tl.store(grad_first + (program * WIDTH + neuron[:, None]) * IN + column[None, :], to_first)
-    to_last += tl.where(row[:, None] == 0, to_lit[None, :], 0.0)
-    tl.store(grad_last + (program * 16 + row[:, None]) * WIDTH + neuron[None, :], to_last)
+    sums += program * (WIDTH * IN + (WIDTH * WIDTH if DEEP else 0) + OUT * WIDTH)
+    store_sums(sums, to_first, WIDTH, IN, WIDTH)
     if DEEP:
-        tl.store(grad_second + (program * WIDTH + neuron[:, None]) * WIDTH + neuron[None, :], to_second)
+        store_sums(sums + WIDTH * IN, to_second, WIDTH, WIDTH, WIDTH)
+    store_sums(sums + WIDTH * IN + (WIDTH * WIDTH if DEEP else 0), to_last, 16, WIDTH, OUT)
+
+
+@triton.jit
+def slopes(hidden, before, second_weights, last_row, DEEP: tl.constexpr, PRECISION: tl.constexpr):
+    """Return the output's derivative along what enters the last and the first ReLU."""
+    upper = tl.where(hidden > 0.0, last_row, 0.0)
+    lower = upper
+    if DEEP:
+        lower = tl.where(before > 0.0, product(upper, second_weights, PRECISION), 0.0)
+    return upper, lower
+
+
+@triton.jit(do_not_specialize=["count"])
+def slope_kernel(
+    x, first, second, last, y, slope, count,
+    IN: tl.constexpr, WIDTH: tl.constexpr, DEEP: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``y`` (N, 1): the output of a network with one; ``slope`` (N, IN): its derivative along ``x``."""
+    first_weights, last_row = matrix(first, WIDTH, IN, WIDTH), tl.load(last + tl.arange(0, WIDTH))[None, :]
+    second_weights = matrix(second, WIDTH, WIDTH, WIDTH) if DEEP else 0.0
+    block = tl.program_id(0)
+    while block < tl.cdiv(count, BLOCK):
+        at, exists = block_of(x, block, count, IN, IN, BLOCK)
+        rows = tl.load(at, mask=exists, other=0.0)
+        before = relu(product(rows, tl.trans(first_weights), PRECISION))
+        hidden = before
+        if DEEP:
+            hidden = relu(product(before, tl.trans(second_weights), PRECISION))
+        lower = slopes(hidden, before, second_weights, last_row, DEEP, PRECISION)[1]
+        at, exists = block_of(slope, block, count, IN, IN, BLOCK)
+        tl.store(at, product(lower, first_weights, PRECISION), mask=exists)
+        index = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        tl.store(y + index, tl.sum(hidden * last_row, axis=1), mask=index < count)
+        block += tl.num_programs(0)
+
+
+@triton.jit(do_not_specialize=["count"])
+def slope_backward_kernel(
+    x, first, second, last, slope, grad_y, grad_slope, grad_x, sums, count,
+    IN: tl.constexpr, WIDTH: tl.constexpr, DEEP: tl.constexpr, VALUES: tl.constexpr, SLOPES: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``grad_x`` (N, IN, if ``VALUES``), and a row of ``sums``: the weights' gradients of each program.
+
+    Let A, B, c be the weights, M and N the diagonal masks of the first and the second ReLU (0 or 1, locally constant:
+    they have no derivative). A point's output is y = c N B M A x, its slope is (c N B M A)^T; with a and v the
+    loss's derivatives along both, the loss changes as
+
+        a dy + v . dslope = d(c N B M A) z,    z = a x + v,
+
+    where z is held fixed. So with the slopes s2 = N c and s1 = M B^T s2 of the two layers, and z carried forward as
+    z1 = M A z and z2 = N B z1, the gradients are A: s1 z^T, B: s2 z1^T, c: z2^T, and x: a slope, without a second
+    derivative anywhere. ``VALUES`` and ``SLOPES`` say whether a and v exist; what is left out counts as zero.
+    """
+    first_weights, last_row = matrix(first, WIDTH, IN, WIDTH), tl.load(last + tl.arange(0, WIDTH))[None, :]
+    second_weights = matrix(second, WIDTH, WIDTH, WIDTH) if DEEP else 0.0
+    kind: tl.constexpr = x.dtype.element_ty
+    to_first, to_last = tl.zeros([WIDTH, IN], dtype=kind), tl.zeros([WIDTH], dtype=kind)
+    to_second = tl.zeros([WIDTH, WIDTH], dtype=kind) if DEEP else 0.0
+    program = tl.program_id(0)
+    block = program
+    while block < tl.cdiv(count, BLOCK):
+        index = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        at, exists = block_of(x, block, count, IN, IN, BLOCK)
+        rows = tl.load(at, mask=exists, other=0.0)
+        before = relu(product(rows, tl.trans(first_weights), PRECISION))
+        hidden = before
+        if DEEP:
+            hidden = relu(product(before, tl.trans(second_weights), PRECISION))
+        upper, lower = slopes(hidden, before, second_weights, last_row, DEEP, PRECISION)
+        move = tl.zeros([BLOCK, IN], dtype=kind)
+        if SLOPES:
+            at, exists = block_of(grad_slope, block, count, IN, IN, BLOCK)
+            move += tl.load(at, mask=exists, other=0.0)
+        if VALUES:
+            grad = tl.load(grad_y + index, mask=index < count, other=0.0)[:, None]
+            move += grad * rows
+            at, exists = block_of(slope, block, count, IN, IN, BLOCK)
+            across = grad * tl.load(at, mask=exists, other=0.0)
+            at, exists = block_of(grad_x, block, count, IN, IN, BLOCK)
+            tl.store(at, across, mask=exists)
+        size = size_of(move, PRECISION)
+        move = move / size
+        to_first += size * product(tl.trans(lower), move, PRECISION)
+        carried = tl.where(before > 0.0, product(move, tl.trans(first_weights), PRECISION), 0.0)
+        if DEEP:
+            to_second += size * product(tl.trans(upper), carried, PRECISION)
+            carried = tl.where(hidden > 0.0, product(carried, tl.trans(second_weights), PRECISION), 0.0)
+        to_last += size * tl.sum(carried, axis=0)
+        block += tl.num_programs(0)
+    sums += program * (WIDTH * IN + (WIDTH * WIDTH if DEEP else 0) + WIDTH)
+    store_sums(sums, to_first, WIDTH, IN, WIDTH)
+    if DEEP:
+        store_sums(sums + WIDTH * IN, to_second, WIDTH, WIDTH, WIDTH)
+    tl.store(sums + WIDTH * IN + (WIDTH * WIDTH if DEEP else 0) + tl.arange(0, WIDTH), to_last)

@@ -1,7 +1,7 @@
 """A small ReLU network on a GPU as one kernel forward and one backward, for training.
 
-Same values and first derivatives as ``VanillaMLP``'s ``forward`` and ``with_gradient``. Products are of float32, or of
-TF32 where ``torch.set_float32_matmul_precision`` allows it.
+Same values and first derivatives as ``VanillaMLP``'s ``forward`` and ``with_gradient`` in PyTorch, to the precision of
+the products. Repeatable: every program keeps sums of its own, which PyTorch then adds.
 """
 
 from typing import Any
@@ -10,84 +10,115 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
-from threedrec.field.mlp import KERNEL_OUTPUTS
-from threedrec.field.mlp_kernels import backward_kernel, forward_kernel
+from threedrec.field.mlp_kernels import slope_backward_kernel, slope_kernel, value_backward_kernel, value_kernel
 
-FORWARD: dict[str, Any] = {"BLOCK": 128, "num_warps": 4}
-BACKWARD: dict[str, Any] = {"BLOCK": 64, "num_warps": 4}
-"""Rows per program and threads, by measurement (``benchmarks/hashgrid.py --sweep``)."""
-PROGRAMS_PER_PROCESSOR = 2
-"""Of the backward pass, each with sums of its own."""
+LAUNCH: dict[str, dict[str, Any]] = {
+    "value": {"BLOCK": 128, "num_warps": 4},
+    "value backward": {"BLOCK": 64, "num_warps": 4},
+    "slope": {"BLOCK": 64, "num_warps": 4},
+    "slope backward": {"BLOCK": 64, "num_warps": 4},
+}
+"""Rows that a program looks at together, and threads, by measurement (``benchmarks/hashgrid.py --sweep``)."""
+PROGRAMS_PER_PROCESSOR = {"value": 8, "value backward": 2, "slope": 8, "slope backward": 2}
+"""Of each kernel; a program goes through many blocks and reads the weights once."""
+PRODUCTS = {"float32": "tf32x3", "tf32": "tf32", "float16": "float16"}
+"""What the kernels call the precisions of ``MLPConfig``; three TF32 products have float32's digits."""
+
+Weights = tuple[Tensor, ...]
 
 
-class _Network(torch.autograd.Function):
-    """Outputs (N, Out) and, with ``slope``, their derivative along the inputs (N, In)."""
+class _Value(torch.autograd.Function):
+    """Outputs, (N, Out)."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, first: Tensor, second: Tensor, last: Tensor, deep: bool, slope: bool
-    ) -> tuple[Tensor, ...]:
-        x, weights = x.contiguous(), (first.contiguous(), second.contiguous(), _sixteen_rows(last))
-        y = x.new_empty(len(x), len(last))
-        derivative = torch.empty_like(x) if slope else y
-        flags = _flags(first, last, deep, slope)
-        if len(x):
-            with torch.cuda.device_of(x):
-                programs = -(-len(x) // FORWARD["BLOCK"])
-                forward_kernel[(programs,)](x, *weights, y, derivative, len(x), **flags, **FORWARD)
+    def forward(ctx: Any, x: Tensor, precision: str, *weights: Tensor) -> Tensor:
+        x, weights = x.contiguous(), tuple(weight.contiguous() for weight in weights)
+        y = x.new_empty(len(x), len(weights[-1]))
+        ctx.flags = _flags(x, weights, precision) | {"OUT": len(weights[-1])}
+        _launch("value", value_kernel, x, *_three(weights), y, **ctx.flags)
         ctx.save_for_backward(x, *weights)
-        ctx.flags, ctx.slope = flags, slope
-        return (y, derivative) if slope else (y,)
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        x, first, second, last = ctx.saved_tensors
-        grad_y, grad_slope = grad_outputs[0].contiguous(), grad_outputs[-1].contiguous()
-        grad_x = torch.empty_like(x)
-        programs = min(-(-len(x) // BACKWARD["BLOCK"]), PROGRAMS_PER_PROCESSOR * _processors(x.device))
-        # Each program writes its own sums, whatever the order they finish in.
-        sums = [x.new_empty(programs, *weight.shape) for weight in (first, second, last)]
-        if len(x):
-            with torch.cuda.device_of(x):
-                backward_kernel[(programs,)](
-                    x, first, second, last, grad_y, grad_slope, grad_x, *sums, len(x), **ctx.flags, **BACKWARD
-                )
-        grads = [part.sum(dim=0) for part in sums]
-        return grad_x, grads[0], grads[1] if ctx.flags["DEEP"] else None, grads[2][: ctx.flags["OUT"]], None, None
+        x, *weights = ctx.saved_tensors
+        grad_x, sums = torch.empty_like(x), _sums("value backward", x, weights)
+        grads = (grad_outputs[0].contiguous(), grad_x, sums)
+        _launch("value backward", value_backward_kernel, x, *_three(weights), *grads, **ctx.flags)
+        return grad_x, None, *_summed(sums, weights)
 
 
-def _sixteen_rows(last: Tensor) -> Tensor:
-    return functional.pad(last, (0, 0, 0, KERNEL_OUTPUTS - len(last)))
+class _ValueAndSlope(torch.autograd.Function):
+    """Outputs, (N, 1), and their derivative along the inputs, (N, In)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, precision: str, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        x, weights = x.contiguous(), tuple(weight.contiguous() for weight in weights)
+        y, slope = x.new_empty(len(x), 1), torch.empty_like(x)
+        ctx.flags = _flags(x, weights, precision)
+        _launch("slope", slope_kernel, x, *_three(weights), y, slope, **ctx.flags)
+        ctx.save_for_backward(x, slope, *weights)
+        ctx.set_materialize_grads(False)
+        return y, slope
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, slope, *weights = ctx.saved_tensors
+        wanted: dict[str, Any] = {"VALUES": grad_outputs[0] is not None, "SLOPES": grad_outputs[1] is not None}
+        if not any(wanted.values()):
+            return None, None, *[None] * len(weights)
+        # What a flag leaves out is never touched; any tensor stands in for it.
+        grads = [x if grad is None else grad.contiguous() for grad in grad_outputs]
+        grad_x = torch.empty_like(x) if wanted["VALUES"] else None
+        sums = _sums("slope backward", x, weights)
+        outputs = (x if grad_x is None else grad_x, sums)
+        _launch(
+            "slope backward", slope_backward_kernel, x, *_three(weights), slope, *grads, *outputs, **ctx.flags | wanted
+        )
+        return grad_x, None, *_summed(sums, weights)
 
 
-def _flags(first: Tensor, last: Tensor, deep: bool, slope: bool) -> dict[str, Any]:
-    precision = "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-    if first.dtype != torch.float32:
-        precision = "ieee"
-    shape = {"IN": first.shape[1], "WIDTH": first.shape[0], "OUT": last.shape[0]}
-    return shape | {"DEEP": deep, "SLOPE": slope, "PRECISION": precision}
+def _launch(name: str, kernel: Any, x: Tensor, *tensors: Tensor, **flags: Any) -> None:
+    if len(x):
+        with torch.cuda.device_of(x):
+            kernel[(_programs(name, x),)](x, *tensors, len(x), **flags, **LAUNCH[name])
 
 
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+def _programs(name: str, x: Tensor) -> int:
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+    return min(-(-len(x) // LAUNCH[name]["BLOCK"]), PROGRAMS_PER_PROCESSOR[name] * processors)
 
 
-def network_triton(x: Float[Tensor, "N In"], weights: list[Tensor]) -> Float[Tensor, "N Out"]:
+def _three(weights: Weights | list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Without a second hidden layer any tensor stands in for it; it is never read."""
+    return weights[0], weights[len(weights) // 2], weights[-1]
+
+
+def _sums(name: str, x: Tensor, weights: list[Tensor]) -> Tensor:
+    """Return room for the gradients of all weights of every program."""
+    return x.new_empty(_programs(name, x), sum(weight.numel() for weight in weights))
+
+
+def _summed(sums: Tensor, weights: list[Tensor]) -> list[Tensor]:
+    parts = sums.sum(dim=0).split([weight.numel() for weight in weights])
+    return [part.view_as(weight) for part, weight in zip(parts, weights, strict=True)]
+
+
+def _flags(x: Tensor, weights: Weights, precision: str) -> dict[str, Any]:
+    products = PRODUCTS[precision] if x.dtype == torch.float32 else "ieee"
+    return {"IN": x.shape[1], "WIDTH": len(weights[0]), "DEEP": len(weights) == 3, "PRECISION": products}
+
+
+def network_triton(x: Float[Tensor, "N In"], weights: list[Tensor], precision: str) -> Float[Tensor, "N Out"]:
     """Return the output of the ReLU network of two or three matrices, (out, in) each."""
-    return _apply(x, weights, slope=False)[0]
+    return _Value.apply(x, precision, *weights)
 
 
 def network_with_gradient(
-    x: Float[Tensor, "N In"], weights: list[Tensor]
+    x: Float[Tensor, "N In"], weights: list[Tensor], precision: str
 ) -> tuple[Float[Tensor, "N 1"], Float[Tensor, "N In"]]:
-    """Return the output of the ReLU network of two matrices, and its derivative along the inputs."""
-    output, slope = _apply(x, weights, slope=True)
-    return output, slope
-
-
-def _apply(x: Tensor, weights: list[Tensor], slope: bool) -> tuple[Tensor, ...]:
-    # Without a second hidden layer any tensor stands in for it; it is never read.
-    return _Network.apply(x, weights[0], weights[len(weights) // 2], weights[-1], len(weights) == 3, slope)
+    """Return the output of the ReLU network of two or three matrices, and its derivative along the inputs."""
+    return _ValueAndSlope.apply(x, precision, *weights)

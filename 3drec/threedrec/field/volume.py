@@ -11,6 +11,7 @@ from torch.nn import functional
 from threedrec.config_schema import ignored
 from threedrec.errors import InputError
 from threedrec.field.activations import activation
+from threedrec.field.backend import use_triton
 from threedrec.field.encoding import EncodingConfig, Pull, build_encoding
 from threedrec.field.mlp import MLPConfig, VanillaMLP
 
@@ -101,7 +102,8 @@ class ImplicitVolume(nn.Module):
         normal: Tensor | None = None
         if normals and self.config.normal_type == "analytic":
             encoded, pull = self.encoding.with_pull(self._unit(points))
-            density, normal = self._with_analytic_normal(points, encoded, pull)
+            raw, normal = self._with_raw_and_normal(points, encoded, pull)
+            density = self._activated(points, raw)
         else:
             encoded = self.encoding(self._unit(points))
             density = self._activated(points, self.density_network(encoded))
@@ -123,7 +125,7 @@ class ImplicitVolume(nn.Module):
     def normal(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:
         """Return unit normals of world points without evaluating the features."""
         if self.config.normal_type == "analytic":
-            return self._with_analytic_normal(points, *self.encoding.with_pull(self._unit(points)))[1]
+            return self._with_raw_and_normal(points, *self.encoding.with_pull(self._unit(points)))[1]
         encoded = self.encoding(self._unit(points))
         return self._other_normal(points, encoded, self._activated(points, self.density_network(encoded)))
 
@@ -157,16 +159,22 @@ class ImplicitVolume(nn.Module):
             return -points / std**2 * self._bias(points)
         return torch.zeros_like(points)
 
-    def _with_analytic_normal(self, points: Tensor, encoded: Tensor, pull: Pull) -> tuple[Tensor, Tensor]:
-        """Return density and -grad density / |grad density|.
+    def _with_raw_and_normal(self, points: Tensor, encoded: Tensor, pull: Pull) -> tuple[Tensor, Tensor]:
+        """Return the MLP's density before bias and activation, and -grad density / |grad density|.
 
         The gradient before activation is J^T d(MLP)/d(encoding), plus the bias's; the activation is monotonic, so it
         scales the gradient and leaves its direction.
         """
         raw, outer = self.density_network.with_gradient(encoded)
-        gradient = pull(outer) / (2.0 * self.config.radius)
-        normal = functional.normalize(-(gradient + self._bias_gradient(points)), dim=-1)
-        return self._activated(points, raw), normal
+        config, encoding = self.config, self.config.pos_encoding_config
+        pulled, factor = pull(outer), 0.5 / config.radius
+        if use_triton(encoding.backend, points.device, None, "geometry.pos_encoding_config"):
+            from threedrec.field.normal_kernel import normal_triton
+
+            blob = (config.density_bias, config.density_blob_scale, config.density_blob_std)
+            return raw, normal_triton(pulled, points.detach(), factor, *blob)
+        gradient = pulled / (2.0 * config.radius)
+        return raw, functional.normalize(-(gradient + self._bias_gradient(points)), dim=-1)
 
     def _other_normal(self, points: Tensor, encoded: Tensor, density: Tensor) -> Tensor:
         if self.normal_network is not None:

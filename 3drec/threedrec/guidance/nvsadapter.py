@@ -15,8 +15,9 @@ from nvsadapter_guidance.model import NVSModel
 from nvsadapter_guidance.pipeline import Poses
 from nvsadapter_guidance.sampling import sample
 from nvsadapter_guidance.weight_files import locate
-from nvsadapter_guidance.weights import choose_weights, load_model
+from nvsadapter_guidance.weights import choose_weights, is_checkpoint, load_model
 from threedrec.cameras import Cameras
+from threedrec.errors import InputError
 from threedrec.guidance.protocol import GuidanceOutput
 from threedrec.image import SupportView
 from threedrec.schedules import Schedule, value_at
@@ -46,13 +47,13 @@ class NVSAdapterGuidanceConfig:
     cond_fovy_deg: float = 49.1
     guidance_scale: float = field(default=3.0, metadata={"ge": 0})
     """Classifier-free guidance of score distillation."""
-    min_step_percent: Schedule = 0.02
+    min_step_percent: Schedule = field(default=0.02, metadata={"ge": 0, "le": 1})
     """Smallest noise, as a share of the schedule."""
-    max_step_percent: Schedule = 0.98
+    max_step_percent: Schedule = field(default=0.98, metadata={"ge": 0, "le": 1})
     """Largest noise, as a share of the schedule."""
     num_query: int = field(default=4, metadata={"ge": 1})
     """Views judged together."""
-    grad_clip: Optional[Schedule] = None
+    grad_clip: Optional[Schedule] = field(default=None, metadata={"ge": 0})
     """Largest entry of the gradient on the latents; None for no clipping."""
     pose_convention: Literal["training", "released-sampling"] = "training"
     """Signs of relative camera poses: as in training, or as in the released sampling script."""
@@ -86,6 +87,11 @@ class NVSAdapterGuidance:
         self.config = config
         pretrained = config.pretrained_model_name_or_path or config.pretrained
         choice = choose_weights(pretrained)
+        if config.pretrained_config and not is_checkpoint(choice.path):
+            raise InputError(
+                "system.guidance.pretrained_config: goes with a released checkpoint alone, not with "
+                f"{choice.path}; set it to ''"
+            )
         logger.info("guidance: %s", choice.reason)
         self.model = load_model(
             pretrained,

@@ -3,9 +3,7 @@
 import logging
 import math
 import os
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Dict, Union
@@ -16,23 +14,26 @@ from threedrec.config_schema import ignored
 from threedrec.errors import InputError
 from threedrec.files import atomic_folder
 from threedrec.mesh.bake import ColorFunction, bake_texture, colors_at
-from threedrec.mesh.isosurface import DensityFunction, extract_isosurface
-from threedrec.mesh.simplify import keep_large_parts, simplify
+from threedrec.mesh.isosurface import Samples
+from threedrec.mesh.sampling import DensityFunction, sample_solid
+from threedrec.mesh.shape import FEWEST_FACES, ShapeOptions, make_shape, timed
+from threedrec.mesh.side_process import SideProcess
 from threedrec.mesh.types import is_watertight
-from threedrec.mesh.unwrap import chart_options, pack_options, unwrap
+from threedrec.mesh.unwrap import chart_options, pack_options
 from threedrec.mesh.write import TexturedMesh, write_glb, write_obj, write_ply
 
 logger = logging.getLogger(__name__)
 
 _FORMATS = ("glb", "obj-mtl", "obj", "ply")
-_FEWEST_FACES = 20
+_CPU_CHUNK = 16384
+"""Most points per call of the field on a CPU; what is computed between its layers then stays in the caches."""
 _LIMITS: dict[str, tuple[float, float]] = {
     "texture_size": (16, 16384),
     "isosurface_resolution": (8, 1024),
     "isosurface_smoothing": (0.0, 10.0),
     "isosurface_chunk": (1, math.inf),
     "radius": (1e-3, math.inf),
-    "face_budget": (_FEWEST_FACES, math.inf),
+    "face_budget": (FEWEST_FACES, math.inf),
     "keep_components": (0.0, 1.0),
 }
 _TEXTURE_SUFFIXES = {"png": ".png", "jpg": ".jpg", "jpeg": ".jpg"}
@@ -121,6 +122,22 @@ class MeshReport:
     """Of every step."""
 
 
+@dataclass(frozen=True)
+class Sampled:
+    """A field of which nothing but colours will be asked any more."""
+
+    samples: Samples
+    seconds: float
+    """That sampling took."""
+    side: SideProcess | None = None
+    """Where its shape is being made, if that has begun."""
+
+    def close(self) -> None:
+        """Give up on the shape, if it is still being made."""
+        if self.side is not None:
+            self.side.close()
+
+
 class MeshExporter:
     """Writes a field as mesh files."""
 
@@ -138,49 +155,96 @@ class MeshExporter:
         device: torch.device | str = "cpu",
     ) -> MeshReport:
         """Export the field; see :func:`export_mesh`."""
-        config, device = self.config, torch.device(device)
-        seconds: dict[str, float] = {}
-        with _timed("isosurface", seconds):
-            surface = extract_isosurface(
-                density_fn,
-                config.isosurface_resolution or (256 if device.type == "cuda" else 160),
-                None if config.isosurface_threshold == "auto" else float(config.isosurface_threshold),
-                config.radius,
-                config.isosurface_smoothing,
-                config.keep_components,
-                device,
-                config.isosurface_chunk,
-            )
-        with _timed("simplify", seconds):
-            # Noise is no better for many faces, and xatlas needs minutes for them.
-            budget = max(config.face_budget // 4, _FEWEST_FACES) if surface.rough else config.face_budget
-            mesh = keep_large_parts(simplify(surface.mesh, budget), config.keep_components)
-        model = TexturedMesh(mesh, colors_at(color_fn, mesh.vertices, device, config.isosurface_chunk))
-        if config.save_uv and config.save_texture and {"glb", "obj-mtl"} & set(self.config.formats):
-            with _timed("unwrap", seconds):
-                atlas = unwrap(mesh, config.texture_size, config.xatlas_chart_options, config.xatlas_pack_options)
-            with _timed("bake", seconds):
-                texture = bake_texture(mesh, atlas, color_fn, config.texture_size, device, config.isosurface_chunk)
-            model = TexturedMesh(mesh, model.colors, atlas, texture)
-        with _timed("write", seconds):
+        return self.finish(self._sampled(density_fn, device), color_fn, out_dir, device)
+
+    def begin(self, density_fn: DensityFunction, device: torch.device | str) -> Sampled:
+        """Sample the field, and make its shape in a process of its own; :meth:`finish` does the rest.
+
+        Raises:
+            InputError: the field is empty or not finite.
+        """
+        side = SideProcess()
+        try:
+            sampled = self._sampled(density_fn, device)
+            side.begin(sampled.samples, self._shape_options())
+        except BaseException:
+            side.close()
+            raise
+        return replace(sampled, side=side)
+
+    def finish(
+        self, sampled: Sampled, color_fn: ColorFunction, out_dir: str | os.PathLike[str], device: torch.device | str
+    ) -> MeshReport:
+        """Write the files of a field that has been sampled; see :func:`export_mesh`."""
+        config, chunk = self.config, self._chunk(device)
+        shape = make_shape(sampled.samples, self._shape_options()) if sampled.side is None else sampled.side.shape()
+        seconds = dict(shape.seconds)
+        seconds["isosurface"] = round(seconds["isosurface"] + sampled.seconds, 3)
+        with timed("bake", seconds):
+            model = TexturedMesh(shape.mesh, colors_at(color_fn, shape.mesh.vertices, device, chunk))
+            if shape.atlas is not None:
+                texture = bake_texture(shape.mesh, shape.atlas, color_fn, config.texture_size, device, chunk)
+                model = replace(model, atlas=shape.atlas, texture=texture)
+        with timed("write", seconds):
             files = self._write(model, Path(out_dir))
-        watertight = is_watertight(mesh.faces)
-        report = MeshReport(len(mesh.vertices), len(mesh.faces), watertight, surface.threshold, files, seconds)
+        mesh, watertight = shape.mesh, is_watertight(shape.mesh.faces)
+        report = MeshReport(len(mesh.vertices), len(mesh.faces), watertight, shape.threshold, files, seconds)
         logger.info("Mesh: %d vertices, %d faces, threshold %.3g", report.vertices, report.faces, report.threshold)
         return report
+
+    def _sampled(self, density_fn: DensityFunction, device: torch.device | str) -> Sampled:
+        config = self.config
+        seconds: dict[str, float] = {}
+        with timed("samples", seconds):
+            samples = sample_solid(
+                density_fn,
+                config.isosurface_resolution or (256 if torch.device(device).type == "cuda" else 160),
+                self._threshold(),
+                config.radius,
+                config.keep_components,
+                device,
+                self._chunk(device),
+            )
+        return Sampled(samples, seconds["samples"])
+
+    def _threshold(self) -> float | None:
+        return None if self.config.isosurface_threshold == "auto" else float(self.config.isosurface_threshold)
+
+    def _chunk(self, device: torch.device | str) -> int:
+        on_cpu = torch.device(device).type == "cpu"
+        return min(self.config.isosurface_chunk, _CPU_CHUNK) if on_cpu else self.config.isosurface_chunk
+
+    def _shape_options(self) -> ShapeOptions:
+        config = self.config
+        textured = config.save_uv and config.save_texture and bool({"glb", "obj-mtl"} & set(config.formats))
+        return ShapeOptions(
+            self._threshold(),
+            config.isosurface_smoothing,
+            config.keep_components,
+            config.face_budget,
+            config.texture_size if textured else 0,
+            dict(config.xatlas_chart_options),
+            dict(config.xatlas_pack_options),
+        )
 
     def _write(self, model: TexturedMesh, out_dir: Path) -> list[Path]:
         name, normals = self.config.save_name, self.config.save_normal
         suffix = _TEXTURE_SUFFIXES[self.config.texture_format]
-        with atomic_folder(out_dir) as folder:
-            if "obj-mtl" in self.config.formats:
-                write_obj(folder / f"{name}.obj", model, normals, suffix)
-            if "obj" in self.config.formats:
-                write_obj(folder / f"{name}.obj", TexturedMesh(model.mesh, model.colors), normals)
-            if "ply" in self.config.formats:
-                write_ply(folder / f"{name}.ply", model, normals)
-            if "glb" in self.config.formats:
-                write_glb(folder / f"{name}.glb", model, normals)
+        formats = self.config.formats
+        with atomic_folder(out_dir) as folder, ThreadPoolExecutor() as pool:
+            # Images are compressed outside of Python's lock.
+            tasks: list[Future[Any]] = []
+            if "obj-mtl" in formats:
+                tasks.append(pool.submit(write_obj, folder / f"{name}.obj", model, normals, suffix))
+            if "obj" in formats:
+                plain = TexturedMesh(model.mesh, model.colors)
+                tasks.append(pool.submit(write_obj, folder / f"{name}.obj", plain, normals))
+            if "ply" in formats:
+                tasks.append(pool.submit(write_ply, folder / f"{name}.ply", model, normals))
+            if "glb" in formats:
+                tasks.append(pool.submit(write_glb, folder / f"{name}.glb", model, normals))
+            for task in tasks:
+                task.result()
             names = sorted(file.name for file in folder.iterdir())
         return [out_dir / file for file in names]
 
@@ -214,10 +278,3 @@ def _is_number(value: float | str) -> bool:
         return math.isfinite(float(value))
     except ValueError:
         return False
-
-
-@contextmanager
-def _timed(step: str, seconds: dict[str, float]) -> Iterator[None]:
-    start = time.perf_counter()
-    yield
-    seconds[step] = round(time.perf_counter() - start, 3)

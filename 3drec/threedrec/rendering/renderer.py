@@ -26,10 +26,11 @@ PERTURBATION = 1e-2
 CUDA_CHUNK = 2**17
 """Points whose graph a GPU holds at a time in plain PyTorch: about 2 GB in their backward pass, with the released hash
 grid."""
-TRITON_CHUNK = 3 * 2**19
-"""The same with Triton kernels, on a GPU with memory to spare: about 4 GB in their backward pass, with normals."""
-TRITON_BYTES = 2800
-"""Of a point's graph and of what its backward pass adds, with Triton kernels, normals, two layers of 64 neurons."""
+TRITON_CHUNK = {True: 3 * 2**20, False: 3 * 2**19}
+"""The same where the lookup has Triton kernels, on a GPU with memory to spare: about 4 GB in their backward pass, with
+normals; if the networks have kernels too, and if they are plain PyTorch."""
+TRITON_BYTES = {True: 1400, False: 2800}
+"""Of a point's graph and of what its backward pass adds, with normals and two layers of 64 neurons, for both cases."""
 MIN_TRANSMITTANCE = 1e-4
 """Share of the light that must reach a sample for it to be seen."""
 LOOKUP_CHUNK = 2**20
@@ -333,8 +334,9 @@ class VolumeRenderer(nn.Module):
             return len(points)
         if not self._has_kernels(points.device):
             return CUDA_CHUNK
+        fused = self.geometry.density_network.fused(points) and self.geometry.feature_network.fused(points)
         memory = torch.cuda.get_device_properties(points.device).total_memory
-        return min(TRITON_CHUNK, memory // (16 * TRITON_BYTES))
+        return min(TRITON_CHUNK[fused], memory // (16 * TRITON_BYTES[fused]))
 
     def _lookup_chunk(self, device: torch.device) -> int:
         """Points per call where nothing is kept for a backward pass."""

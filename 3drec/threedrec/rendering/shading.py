@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from threedrec.draws import host_generator
 from threedrec.errors import InputError
 from threedrec.field.activations import activation
 from threedrec.field.mlp import MLPConfig, VanillaMLP
@@ -180,8 +181,7 @@ class NoMaterial(nn.Module):
 
 
 def _draws(count: int, generator: torch.Generator | None) -> list[float]:
-    device = "cpu" if generator is None else generator.device
-    return torch.rand(count, generator=generator, device=device).tolist()
+    return torch.rand(count, generator=host_generator(generator)).tolist()
 
 
 def _needed(value: Tensor | None) -> Tensor:
