@@ -17,8 +17,8 @@ FAINTEST = 0.06
 """A pixel of a view on white can belong to the object where a channel is darker than white by more."""
 COVERED = 0.45
 """Share of its darkest neighbour's darkness from which on a pixel is half covered: with it, silhouettes of true views
-of training objects meet their own masks best (IoU 0.984; by the threshold alone, which takes in every pixel that an edge
-touches, 0.923)."""
+of training objects meet their own masks best (IoU 0.984). The threshold alone, which takes in every pixel that an edge
+touches, gives 0.923."""
 
 Lpips = Callable[[Float[Tensor, "b 3 h w"], Float[Tensor, "b 3 h w"]], Float[Tensor, " b"]]
 
