@@ -218,9 +218,7 @@ def choices(name: str, settings: dict[str, Any]) -> Iterator[tuple[dict[str, Any
             yield {"BLOCK": block, "num_warps": warps}, programs
         return
     groups: list[dict[str, Any]] = [{}]
-    if "SPREAD" in settings:
-        groups = [{"GROUP": group, "SPREAD": spread} for group in (1, 4) for spread in (False, True)]
-    elif "GROUP" in settings:
+    if "GROUP" in settings:
         groups = [{"GROUP": group} for group in (1, 4, 16)]
     # Two lanes work for a point: each thread has one, two or four of them.
     shapes = ((64, 2), (64, 4), (128, 4), (128, 8), (256, 8))
@@ -233,13 +231,12 @@ Launched = tuple[dict[str, Any], dict[str, int], Callable[[Tensor], object]]
 
 def kernels(points: Tensor, args: argparse.Namespace) -> dict[str, Launched]:
     """Return (launch settings, programs per processor, function of points) of every kernel."""
-    from threedrec.field import density_kernel, mlp_triton
+    from threedrec.field import mlp_triton
     from threedrec.field.hashgrid_kernels import pull_kernel, tangent_kernel
     from threedrec.field.hashgrid_triton import LAUNCH, encode_triton, scatter
 
     grid = encoding("triton").to(args.device)
     lookup = grid._grid(points)
-    network = VanillaMLP(32, 1, MLPConfig(n_hidden_layers=2)).to(args.device)
     pull, tangent = torch.randn(args.points, 32, device=args.device), torch.randn(args.points, 3, device=args.device)
 
     def tangent_of(x: Tensor) -> None:
@@ -262,9 +259,8 @@ def kernels(points: Tensor, args: argparse.Namespace) -> dict[str, Launched]:
         "tangent": (LAUNCH["tangent"], {}, tangent_of),
         "pull": (LAUNCH["pull"], {}, pulled),
         "scatter": (LAUNCH["scatter"], {}, scattered(slopes=False, fixed=False)),
-        "scatter fixed": (LAUNCH["scatter fixed"], {}, scattered(slopes=False, fixed=True)),
-        "scatter fixed, both": (LAUNCH["scatter fixed"], {}, scattered(slopes=True, fixed=True)),
-        "density": (density_kernel.SETTINGS, {}, lambda x: grid.through(x, network)),
+        "scatter fixed": (LAUNCH["scatter"], {}, scattered(slopes=False, fixed=True)),
+        "scatter fixed, both": (LAUNCH["scatter"], {}, scattered(slopes=True, fixed=True)),
     }
     for name, function in network_passes(pull, args).items():
         works[name] = (mlp_triton.LAUNCH[name], mlp_triton.PROGRAMS_PER_PROCESSOR, lambda _, f=function: f())

@@ -203,6 +203,7 @@ class NVSAdapterPipeline(DiffusionPipeline):
         rotating_groups: bool = False,
         groups_per_call: int = 8,
         graph: str = "auto",
+        noise_scale: float | None = None,
     ) -> ImagePipelineOutput | tuple[Any]:
         """Sample views. The support image is taken to be seen from elevation 0, azimuth 0, at the training distance.
 
@@ -212,7 +213,7 @@ class NVSAdapterPipeline(DiffusionPipeline):
             distances: of the cameras from the object, in its diameters; None for the training distance.
             num_inference_steps: of the scheduler; None for 50 as released, or 20 with the embedded model.
             guidance_scale: of classifier-free guidance, 1 is the conditional prediction alone; None for 3 as released,
-                or 2 with the embedded model.
+                or with the embedded model.
             num_query: views sampled together; None for as many as the model was trained with.
             prompt: for the text encoder; the release always leaves it empty.
             generator: of every random draw, on the CPU or the pipeline's device; None draws from torch's global one.
@@ -226,12 +227,13 @@ class NVSAdapterPipeline(DiffusionPipeline):
                 ``num_query`` views agree with each other; False keeps groups of neighbours, as released.
             groups_per_call: groups in one network call; fewer need less memory.
             graph: ``auto`` makes CUDA graphs on a GPU unless the networks are offloaded, ``off`` makes none.
+            noise_scale: factor on the noise to start from, 1 is that of training; None for what suits the weights.
 
         Raises:
             InputError: an argument cannot be used (named).
         """
         steps, scale = self._steps_and_scale(num_inference_steps, guidance_scale)
-        options = SamplingOptions(steps, scale, num_query, rotating_groups, groups_per_call)
+        options = SamplingOptions(steps, scale, num_query, rotating_groups, groups_per_call, noise_scale)
         model, device = self._model_for(image_size, graph, output_type), self._execution_device
         poses = _view_poses(elevations, azimuths, distances, model.config.distance, device)
         generator = _generator_on(device, generator)

@@ -48,6 +48,9 @@ class NVSModelConfig:
     """Camera distance of the training views, in object diameters (objects have radius 0.5)."""
     unconditional_support: str = "zeros"
     """What replaces the support latents of unconditional samples: ``zeros``, or ``noise`` as released."""
+    sampling_noise: float = 1.0
+    """Standard deviation of the noise that sampling starts from where nothing else is asked for: below 1, samples lie
+    nearer to the mean of the views that the model thinks possible, with fewer wrong details and softer ones."""
 
 
 _SECTIONS: dict[str, Callable[..., Any]] = {

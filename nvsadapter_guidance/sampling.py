@@ -50,6 +50,8 @@ class SamplingOptions:
     """Views change their groups from step to step (`view_groups`), which makes many views agree with each other."""
     groups_per_call: int = 8
     """Groups denoised in one network call; fewer need less memory."""
+    noise_scale: float | None = None
+    """Factor on the noise that sampling starts from; None for what suits the weights (``sampling_noise``)."""
 
     def __post_init__(self) -> None:
         for name in ("num_inference_steps", "num_query", "groups_per_call"):
@@ -58,6 +60,8 @@ class SamplingOptions:
                 raise InputError(f"{name} is {value}; use a whole number of 1 or more")
         if not 0.0 <= self.guidance_scale < float("inf"):
             raise InputError(f"guidance_scale is {self.guidance_scale}; use 0 or more (1 switches guidance off)")
+        if self.noise_scale is not None and not 0.0 <= self.noise_scale < float("inf"):
+            raise InputError(f"noise_scale is {self.noise_scale}; use 0 or more (1 is the noise of training)")
 
 
 OnStep = Callable[[int, int, Tensor], Tensor | None]
@@ -80,7 +84,7 @@ def sample_latents(
     Args:
         poses: any number of cameras; an incomplete group is filled up with repeated views that are then dropped.
         scheduler: of `schedulers.build_scheduler`, or any of diffusers' for the model's schedule; None for Euler's.
-        noise: unit gaussian to start from, one per view; drawn when None.
+        noise: unit gaussian to start from, one per view, before ``options.noise_scale``; drawn when None.
 
     Raises:
         InputError: no pose was given, the noise is for other views or of another size, or the scheduler cannot solve
@@ -101,7 +105,8 @@ def sample_latents(
         raise InputError(f"noise has the size {tuple(latents.shape[1:])} a view; the model's latents have {shape[1:]}")
     scheduler = build_scheduler("euler", model.schedule) if scheduler is None else scheduler
     scheduler.set_timesteps(options.num_inference_steps, device=device)
-    latents = latents * scheduler.init_noise_sigma
+    noise_scale = model.config.sampling_noise if options.noise_scale is None else options.noise_scale
+    latents = latents * (scheduler.init_noise_sigma * noise_scale)
     accepted = inspect.signature(scheduler.step).parameters
     extra = {"generator": generator} if "generator" in accepted else {}
     # diffusers' schedulers want their own tensors; ours takes a number, which needs no waiting for the device.

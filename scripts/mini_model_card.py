@@ -1,7 +1,10 @@
 r"""Write the embedded model's card and contact sheet from what training left behind.
 
 python scripts/mini_model_card.py outputs/mini/metrics.json outputs/mini/views.pt \
-    --validation data/views/val.tar --train-index MESHES/index.json
+    --validation data/views/val.tar --train-index MESHES/index.json EXTRA_MESHES/index.json
+
+``metrics.json`` holds ``pieces`` where training went on from the weights of an earlier one: ``steps``, ``samples`` of a
+step, ``seconds`` and ``processes`` of each.
 """
 
 import argparse
@@ -22,6 +25,9 @@ ATTRIBUTION = {
     "Scopia": "CC-BY 3.0, (c) 2010-2012 Scopia Visual Interfaces Systems, s.l., http://www.scopia.es",
     "KatorLegaz": "CC-BY 3.0 US, (c) 2003-2008 Andrew Kator & Jennifer Legaz",
     "Reallusion": "CC-BY 3.0 US, (c) 2008-2011 Reallusion, http://www.reallusion.com",
+    "0ad-data": "CC-BY-SA 3.0, Wildfire Games, http://www.wildfiregames.com (Debian 0ad-data 0.0.26-1)",
+    "megaglest-data": "CC-BY-SA 3.0, {authors}, http://glest.org and http://megaglest.org (Debian 3.13.0-3)",
+    "fluent-emoji-3d": "MIT, Microsoft; packaged by LobeHub (npm @lobehub/fluent-emoji-3d 1.1.0); inflated into solids",
 }
 TEMPLATE = """# 3drec-mini
 
@@ -32,7 +38,7 @@ parameters and {gpu_minutes:.0f} GPU minutes buy.
 ![truth above, sampled views below, for eight objects never trained on](views.jpg)
 
 Odd rows: renderings of validation objects at azimuths 0, 45, ... 315 degrees, elevation 0. Even rows: views sampled
-from the first picture of the row above (classifier-free guidance 2, {shown_steps} steps).
+from the first picture of the row above ({shown_steps} steps).
 
 ## Metrics
 
@@ -49,11 +55,11 @@ and 30; `python scripts/validate_mini.py --validation data/views/val.tar` prints
 
 ## Training
 
-{steps} steps of {samples} samples (1 support and 4 query views each), {minutes:.1f} minutes on {processes} x {device}
-(training alone), after an autoencoder that reproduces training images at {autoencoder_psnr:.1f} dB with colours
-that are {colour_error:.0%} off. Muon and AdamW, velocity prediction on a shifted cosine schedule whose last step is
-pure noise, average of the weights with decay {ema}. The UNet, the adapter and the image encoder are stored in eight
-bits.
+{seen:.1f} million samples (1 support and 4 query views each) in {steps} steps, {gpu_minutes:.0f} GPU minutes of
+{device} in {pieces} (training alone), after an autoencoder that reproduces training images at
+{autoencoder_psnr:.1f} dB with colours that are {colour_error:.0%} off. Muon and AdamW, velocity prediction on a shifted
+cosine schedule whose last step is pure noise, average of the weights with decay {ema}. The UNet, the adapter and the
+image encoder are stored in eight bits.
 `scripts/render_training_views.py` and `scripts/train_mini.py` make it from the data below; the record of the run is in
 `benchmarks/results/`, what was tried in `docs/training-log.md`.
 
@@ -61,8 +67,9 @@ bits.
 
 ## Data
 
-* {train_count} meshes of the Debian package sweethome3d-furniture 1.8-1, rendered from 40 views each, mirrored and
-  recoloured in training; {val_count} other meshes of it only for validation:
+* {train_count} meshes, rendered from 20 or 40 views each, mirrored and recoloured in training; BlendSwap, Scopia,
+  KatorLegaz and Reallusion are libraries of the Debian package sweethome3d-furniture 1.8-1, of which {val_count} other
+  meshes serve only for validation:
 {attribution}
   Conversion to OBJ by Emmanuel Puybaret / eTeks (Sweet Home 3D). Changes: converted to GLB, decimated, textures shrunk,
   thin glass removed, scaled, rendered, recoloured. CC-BY 3.0: https://creativecommons.org/licenses/by/3.0/
@@ -97,7 +104,7 @@ def main() -> None:
     parser.add_argument("metrics", type=Path, help="metrics.json of train_mini.py")
     parser.add_argument("pictures", type=Path, help="views.pt of train_mini.py or --pictures of validate_mini.py")
     parser.add_argument("--validation", type=Path, required=True, help="validation views (.tar)")
-    parser.add_argument("--train-index", type=Path, required=True, help="index.json of the training meshes")
+    parser.add_argument("--train-index", type=Path, required=True, nargs="+", help="index.json of the training meshes")
     parser.add_argument("--shown-steps", type=int, default=20, help="denoising steps of the pictures")
     parser.add_argument("--remarks", default="", help="what else people should know")
     parser.add_argument("-o", "--output", type=Path, default=MINI_MODEL)
@@ -108,24 +115,24 @@ def main() -> None:
     chosen = list(range(0, len(pictures), max(len(pictures) // 8, 1)))[:8]
     sheet = contact_sheet(pictures, composite(bank.rgba[: len(pictures)].float() / 255), chosen)
     sheet.save(arguments.output / "views.jpg", quality=88)
-    index = json.loads(arguments.train_index.read_text())
-    processes = metrics["processes"]
+    index = [entry for path in arguments.train_index for entry in json.loads(path.read_text())]
+    own = {"samples": metrics["config"]["batch_size"] * metrics["processes"]}
+    pieces = metrics.get("pieces") or [metrics | own]
     card = TEMPLATE.format(
         **metrics["scores"],
         attribution=attribution(index),
         parameters=metrics["parameters"] / 1e6,
-        minutes=metrics["seconds"] / 60,
-        gpu_minutes=metrics["seconds"] / 60 * processes,
-        processes=processes,
-        steps=metrics["steps"],
-        samples=metrics["config"]["batch_size"] * processes,
+        gpu_minutes=sum(piece["seconds"] * piece["processes"] for piece in pieces) / 60,
+        seen=sum(piece["steps"] * piece["samples"] for piece in pieces) / 1e6,
+        steps=sum(piece["steps"] for piece in pieces),
+        pieces="one piece" if len(pieces) == 1 else f"{len(pieces)} pieces",
         ema=metrics["config"]["ema_decay"],
         device=metrics["device"],
         autoencoder_psnr=metrics["autoencoder"]["psnr"],
         colour_error=metrics["autoencoder"]["colour_error"],
         train_count=len(index),
         val_count=len(bank),
-        procedural=metrics["procedural"] * max(processes - 1, 1),
+        procedural=metrics["procedural"],
         shown_steps=arguments.shown_steps,
         remarks=textwrap.fill(arguments.remarks, 120),
     )

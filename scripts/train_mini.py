@@ -76,11 +76,16 @@ def overrides(pairs: list[str]) -> dict[str, Any]:
     return {key: json.loads(value) for key, _, value in (pair.partition("=") for pair in pairs)}
 
 
-def procedural_bank(count: int, device: torch.device) -> ViewBank:
+def shared_seed(device: torch.device) -> int:
+    """The first process's clock, in seconds: the same in all processes of a run."""
+    return int(clock_of_first(time.time(), device))
+
+
+def procedural_bank(count: int, device: torch.device, seed: int) -> ViewBank:
     """Render procedural objects, other ones in every process."""
     start = time.perf_counter()
     # Compiling the tracer takes minutes, which so few objects do not earn back.
-    bank = render_procedural(count, torch.Generator(device).manual_seed(1 + RANK), compiled=False)
+    bank = render_procedural(count, torch.Generator(device).manual_seed(seed + 1 + RANK), compiled=False)
     log.info("rendered %d procedural objects in %.1f s", count, time.perf_counter() - start)
     return bank
 
@@ -181,7 +186,7 @@ def prepare_training(
     banks = mesh_banks(arguments, device)
     model = build_model(arguments, device)
     if arguments.procedural and (RANK > 0 or WORLD == 1):
-        banks.append(procedural_bank(arguments.procedural, device))
+        banks.append(procedural_bank(arguments.procedural, device, config.seed))
         config.procedural_share *= WORLD / max(WORLD - 1, 1)
     if arguments.resume:
         state = torch.load(arguments.resume, map_location=device, weights_only=True)
@@ -190,7 +195,11 @@ def prepare_training(
         config.seed += state["step"]
         metrics["autoencoder"] = state["autoencoder"]
     elif arguments.start_from:
+        factor = model.vae.config.scaling_factor
         metrics["autoencoder"] = measure(model.vae, banks[0], torch.Generator(device).manual_seed(0))
+        # The network knows latents of its own scale, whatever that of these views would be.
+        metrics["autoencoder"]["scaling_factor"] = factor
+        model.vae.register_to_config(scaling_factor=factor)
     else:
         if RANK == 0:
             metrics["autoencoder"] = train_or_load_autoencoder(arguments, model, banks)
@@ -261,11 +270,10 @@ def main() -> None:
         log.info("autoencoder: %s", scores)
         save_autoencoder(model, arguments, scores)
         return
-    config = Pretraining(
-        seconds=arguments.seconds,
-        total_seconds=arguments.total_seconds or arguments.seconds,
-        **overrides(arguments.set),
-    )
+    # A piece that goes on from another's weights has to see other augmentations, so seeds differ unless one is set.
+    values = {"seed": shared_seed(device)} | overrides(arguments.set)
+    total = arguments.total_seconds or arguments.seconds
+    config = Pretraining(seconds=arguments.seconds, total_seconds=total, **values)
     trainer = prepare_training(arguments, device, config, metrics)
     start = time.perf_counter()
     trainer.train_step()

@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=MINI_MODEL, help="model folder (default: the embedded model)")
     parser.add_argument("--validation", type=Path, required=True, help="validation views (.tar)")
     parser.add_argument("--steps", type=int, default=20, help="denoising steps")
-    parser.add_argument("--guidance-scale", type=float, default=2.0)
+    parser.add_argument("--guidance-scale", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--limit", type=int, help="only so many objects")
     parser.add_argument("--pictures", type=Path, help="where to keep the sampled views (.pt)")

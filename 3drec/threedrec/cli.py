@@ -127,7 +127,8 @@ def _add_views_command(commands: Any) -> None:
     add("--raw", action="store_true", help="take a checkpoint's last weights, not their average")
     add("--pose-convention", metavar="C", help="training (default) or released-sampling, for released weights")
     add("--steps", metavar="N", type=int, help="sampling steps (default 20; released weights 50)")
-    add("--guidance-scale", metavar="S", type=float, help="classifier-free guidance (default 2; released weights 3)")
+    add("--guidance-scale", metavar="S", type=float, help="classifier-free guidance (default 1; released weights 3)")
+    add("--noise-scale", metavar="S", type=float, help="of the first noise: less varies less (default 0.3; released 1)")
     add("--scheduler", metavar="S", default="euler", help="euler (default), ddim, dpm++ or unipc")
     add("--num-query", metavar="N", type=int, help="views sampled together (default: as many as in training)")
     add("--prompt", default="", help="text for released weights (default: empty, as in training)")
@@ -309,6 +310,7 @@ def _run_views(options: argparse.Namespace) -> None:
             count=options.count,
             num_inference_steps=options.steps,
             guidance_scale=options.guidance_scale,
+            noise_scale=options.noise_scale,
             num_query=options.num_query,
             scheduler=options.scheduler,
             prompt=options.prompt,

@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--weights-config", metavar="YAML", help="of a released checkpoint (default: the one beside it)")
     add("--views", metavar="N", type=int, default=16, help="cameras, half level and half at elevation 30 (default 16)")
     add("--steps", metavar="N", type=int, help="sampling steps (default 20; released weights 50)")
-    add("--guidance-scale", metavar="S", type=float, help="classifier-free guidance (default 2; released weights 3)")
+    add("--guidance-scale", metavar="S", type=float, help="classifier-free guidance (default 1; released weights 3)")
     add("--scheduler", metavar="S", default="euler", help="euler (default), ddim, dpm++ or unipc")
     add("--seed", metavar="N", type=int, default=0, help="seed of every random draw (default 0)")
     add("--fit", metavar="F", default="sphere", help="sphere (default): radius 0.5; cube: longest side 1; none")

@@ -41,6 +41,7 @@ class ViewsJob:
     """How many directions where neither elevations nor azimuths are given."""
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+    noise_scale: float | None = None
     num_query: int | None = None
     scheduler: str = "euler"
     prompt: str = ""
@@ -126,6 +127,7 @@ def _sample(
             job.distances,
             num_inference_steps=steps,
             guidance_scale=scale,
+            noise_scale=job.noise_scale,
             num_query=job.num_query,
             prompt=job.prompt,
             generator=_generator(device, job.seed),
@@ -141,6 +143,7 @@ def _sample(
     record = _settings(job, pipeline, choice.path) | {
         "num_inference_steps": steps,
         "guidance_scale": scale,
+        "noise_scale": pipeline.model.config.sampling_noise if job.noise_scale is None else job.noise_scale,
         "resolution": pictures[0].width,
         "device": str(device),
         "seconds": round(seconds, 2),
@@ -277,7 +280,8 @@ def check_choices(job: ViewsJob) -> None:
         if getattr(job, name) not in choices:
             raise InputError(f"--{name} {getattr(job, name)}: unknown; use one of {', '.join(choices)}")
     steps, scale = job.num_inference_steps, job.guidance_scale
-    SamplingOptions(1 if steps is None else steps, 1.0 if scale is None else scale, job.num_query)
+    numbers = (1 if steps is None else steps, 1.0 if scale is None else scale, job.num_query)
+    SamplingOptions(*numbers, noise_scale=job.noise_scale)
     if steps is not None and steps > 1000:
         raise InputError(f"number of sampling steps is {steps}; use 1 to 1000")
     if job.resolution is not None and not 16 <= job.resolution <= 4096:

@@ -83,7 +83,7 @@ class Budget:
     copies: int = 2
     """Augmented copies of every object."""
     sampling_steps: int = 20
-    guidance_scale: float = 2.0
+    guidance_scale: float = 1.0
 
 
 class VariantTraining:

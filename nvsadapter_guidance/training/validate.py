@@ -47,7 +47,7 @@ def imagine(
 
 
 def validate_views(
-    model: NVSModel, bank: ViewBank, steps: int = 20, guidance_scale: float = 2.0, seed: int = 0
+    model: NVSModel, bank: ViewBank, steps: int = 20, guidance_scale: float = 1.0, seed: int = 0
 ) -> tuple[ViewScores, Float[Tensor, "N V 3 H W"]]:
     """Score a bank of validation views whose first view (azimuth 0, elevation 0) is the reference.
 

@@ -78,7 +78,7 @@ class SphereGuidance:
         cameras = cameras.resized(self.config.size, self.config.size)
         rgb, _ = render_spheres(cameras)
         wrong, _ = render_spheres(cameras, mirrored=True)
-        which = torch.randperm(len(cameras), generator=generator)[: self.config.wrong_views]
+        which = torch.randperm(len(cameras), generator=generator, device=rgb.device)[: self.config.wrong_views]
         rgb[which] = wrong[which].flip(-1)  # the wrong way round, and in other colours
         noise = torch.randn(rgb.shape, generator=generator, device=rgb.device)
         return (rgb + self.config.noise * noise).clamp(0, 1)

@@ -4,14 +4,15 @@ On a GPU these are the compiled kernels; ``test_hashgrid_interpreted`` runs this
 """
 
 import os
+from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
-from threedrec.field import EncodingConfig, ImplicitVolume, MLPConfig, VanillaMLP
-from threedrec.field.encoding import HashGrid, build_encoding
-from threedrec.field.hashgrid import build_levels, encode_plain, jacobian_plain
+from threedrec.field import EncodingConfig, ImplicitVolume, MLPConfig
+from threedrec.field.encoding import build_encoding
+from threedrec.field.hashgrid import Level, build_levels, encode_plain, jacobian_plain
 
 REAL = os.environ.get("TRITON_INTERPRET") != "1"
 DEVICE = "cuda" if REAL else "cpu"
@@ -28,9 +29,24 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4} if REAL else {"rtol": 1e-9, "atol": 1e-9}
 """Float32: cells are up to 10 to a side, features of size 1, slopes of size 10."""
 
 
+def inside_cells(x: Tensor, levels: Sequence[Level] = LEVELS, distance: float = 1e-3) -> Tensor:
+    """Draw every coordinate again that is closer to a cell border of a level than that part of a cell.
+
+    A slope jumps at a border, where rounding moves a point into the next cell.
+    """
+    while True:
+        near = torch.zeros_like(x, dtype=torch.bool)
+        for level in levels:
+            position = x.double() * level.scale + 0.5
+            near |= (position - position.round()).abs() < distance
+        if not near.any():
+            return x
+        x = torch.where(near, torch.rand_like(x), x)
+
+
 def points(count: int = COUNT) -> Tensor:
-    """Fresh points, among them the corners of the box, beyond them, and cell borders of all levels."""
-    x = torch.rand(count, 3)
+    """Fresh points inside of cells, among them the corners of the box, and beyond them."""
+    x = inside_cells(torch.rand(count, 3))
     special = torch.tensor([[0.0, 0.0, 0.0], [1.0, 1.0, 1.0], [0.0, 1.0, 0.5], [1.2, -0.1, 0.5], [1.0, 0.25, 0.0]])
     x[: len(special)] = special[:count]
     return x.to(DEVICE, KIND)
@@ -46,15 +62,10 @@ def new_table(channels: int = 2) -> Tensor:
     return torch.randn(ROWS, channels, device=DEVICE, dtype=KIND).requires_grad_(True)
 
 
-def assert_close(got: Tensor, want: Tensor, share: float = 1.0) -> None:
-    """Compare that share of values: a slope jumps where rounding moves a point to the next cell."""
+def assert_close(got: Tensor, want: Tensor) -> None:
     want = want.to(got)
     scale = float(want.detach().abs().max()) if want.numel() else 1.0
-    if share == 1.0:
-        torch.testing.assert_close(got, want, rtol=CLOSE["rtol"], atol=CLOSE["atol"] * max(scale, 1e-30))
-    else:
-        good = ((got - want).abs() <= CLOSE["atol"] * scale + CLOSE["rtol"] * want.abs()).double().mean()
-        assert got.isfinite().all() and good >= share
+    torch.testing.assert_close(got, want, rtol=CLOSE["rtol"], atol=CLOSE["atol"] * max(scale, 1e-30))
 
 
 @pytest.fixture
@@ -96,14 +107,14 @@ def test_features_and_slopes_have_the_values_and_gradients_of_the_definition(cha
     short_g = g.detach().to(KIND).requires_grad_(True)
     pulled = linked.pull(short_g)
     want = torch.einsum("nc,ncd->nd", g, jacobian_plain(exact_x, exact, LEVELS))
-    assert_close(pulled, want, share=0.9999 if REAL else 1.0)
+    assert_close(pulled, want)
 
     v, w = torch.randn_like(want), torch.randn_like(features)
     loss = (pulled * v.to(KIND)).sum() + (linked.features * w.to(KIND)).sum()
     got = torch.autograd.grad(loss, (table, short_g))
     expected = torch.autograd.grad((want * v).sum() + (features * w).sum(), (exact, g))
     assert_close(got[0], expected[0])
-    assert_close(got[1], expected[1], share=0.9999 if REAL else 1.0)
+    assert_close(got[1], expected[1])
 
 
 def test_each_way_to_the_table_works_alone_and_again():
@@ -125,12 +136,11 @@ def test_each_way_to_the_table_works_alone_and_again():
     assert values.abs().max() > 0 and slopes.abs().max() > 0
 
 
-@pytest.mark.parametrize("spread", [False, True], ids=["together", "spread"])
 @pytest.mark.parametrize(("count", "group"), [(0, 1), (1, 2), (32, 4), (45, 1)])
-def test_any_number_of_points_in_any_groups_of_levels(count: int, group: int, spread: bool, sums, monkeypatch, poison):
+def test_any_number_of_points_in_any_groups_of_levels(count: int, group: int, sums, monkeypatch, poison):
     from threedrec.field import hashgrid_triton
 
-    small = {"BLOCK": 16, "GROUP": group, "SPREAD": spread, "num_warps": 1}
+    small = {"BLOCK": 16, "GROUP": group, "num_warps": 1}
     for name in hashgrid_triton.LAUNCH:
         monkeypatch.setitem(hashgrid_triton.LAUNCH, name, {k: small[k] for k in hashgrid_triton.LAUNCH[name]})
     x, table = points(count), new_table()
@@ -168,7 +178,7 @@ def test_layouts_of_inputs_do_not_matter():
     linked = encode_linked(x.t().contiguous().t(), table, grid_of(table))
     g = torch.ones(1, 1, device=DEVICE, dtype=KIND).expand(want.shape).requires_grad_(True)
     expected = jacobian_plain(x, table, LEVELS).sum(1)
-    assert_close(linked.pull(g), expected, share=0.9999 if REAL else 1.0)
+    assert_close(linked.pull(g), expected)
     assert_close(torch.autograd.grad(want.sum(), table)[0], torch.autograd.grad(linked.features.sum(), table)[0])
 
 
@@ -201,7 +211,8 @@ def test_the_released_size_where_products_of_hashes_leave_32_bits():
 
     levels = tuple(build_levels(16, 16, 1.447269237440378, 19))
     table = torch.randn(levels[-1].start + levels[-1].rows, 2, device=DEVICE).requires_grad_(True)
-    exact, x = table.detach().double().requires_grad_(True), points()
+    exact = table.detach().double().requires_grad_(True)
+    x = inside_cells(torch.rand(COUNT, 3), levels).to(DEVICE)
     linked = encode_linked(x, table, Grid(levels, 16, 2, table.detach()))
     want = encode_plain(x.double(), exact, levels)
     # Float32 knows a position among 4096 cells to about 2e-4 of a cell.
@@ -211,8 +222,7 @@ def test_the_released_size_where_products_of_hashes_leave_32_bits():
     (expected,) = torch.autograd.grad((want * pull).sum(), exact)
     assert torch.linalg.vector_norm(got - expected) < 1e-3 * torch.linalg.vector_norm(expected)
     slope = torch.einsum("nc,ncd->nd", pull, jacobian_plain(x.double(), exact, levels))
-    error = torch.linalg.vector_norm(linked.pull(pull.float()) - slope, dim=1) / torch.linalg.vector_norm(slope, dim=1)
-    assert (error < 1e-2).double().mean() > 0.99
+    assert torch.linalg.vector_norm(linked.pull(pull.float()) - slope) < 1e-2 * torch.linalg.vector_norm(slope)
 
 
 def encoding_config(**changes) -> EncodingConfig:
@@ -258,9 +268,14 @@ def volumes(network: dict | None = None, **changes) -> tuple[ImplicitVolume, Imp
 def test_a_field_with_normals_trains_as_its_twin_does(changes: dict, poison):
     field, twin = volumes(**changes)
     x = 2.0 * points() - 1.0
+    with torch.no_grad():
+        # A normal jumps where a hidden neuron turns on, too.
+        hidden = twin.density_network.layers[0](twin.encoding(twin._unit(x.double())))
+        x = x[hidden.abs().amin(1) > 1e-3]
+    assert len(x) > COUNT // 2
     got, want = field(x, normals=True), twin(x.double(), normals=True)
     for one, other in zip(got, want, strict=True):
-        assert_close(one, other, share=0.999 if REAL else 1.0)
+        assert_close(one, other)
     # Without the direction of normals in flat places, whose derivative has no bound.
     pulls = [torch.randn_like(part) for part in want]
     steep = torch.linalg.vector_norm(x, dim=1)[:, None] > 0.05
@@ -269,7 +284,7 @@ def test_a_field_with_normals_trains_as_its_twin_does(changes: dict, poison):
     for one, other in zip(grads, torch.autograd.grad(losses[1], list(twin.parameters())), strict=True):
         error = torch.linalg.vector_norm(one.double() - other) / torch.linalg.vector_norm(other)
         assert error < (2e-2 if REAL else 1e-8)
-    assert_close(field.normal(x), got.normal, share=0.999 if REAL else 1.0)
+    assert_close(field.normal(x), got.normal)
 
 
 @pytest.mark.parametrize("bias", ["blob_magic3d", "blob_dreamfusion", 2.0])
@@ -310,23 +325,6 @@ def test_densities_without_gradients_are_those_with(poison):
         assert_close(field.density(x), twin.density(x.double()))
         assert field.density(x[:0]).shape == (0, 1)
     assert field.density(x).requires_grad
-
-
-@pytest.mark.parametrize(("neurons", "layers", "fused"), [(16, 1, True), (64, 2, True), (24, 1, False), (16, 3, False)])
-def test_network_and_lookup_in_one_kernel_equal_the_two(neurons: int, layers: int, fused: bool, poison):
-    from threedrec.field.density_kernel import fits
-
-    grid = build_encoding(encoding_config()).to(DEVICE, KIND)
-    assert isinstance(grid, HashGrid)
-    torch.nn.init.normal_(grid.table)
-    config = MLPConfig(n_neurons=neurons, n_hidden_layers=layers, backend="torch")
-    network = VanillaMLP(4, 1, config).to(DEVICE, KIND)
-    assert fits(network) == fused
-    x = points()
-    assert_close(grid.through(x, network), network(encode_plain(x, grid.table, LEVELS)))
-    with torch.no_grad():
-        network.layers[0].weight[0, 0] = torch.nan
-    assert grid.through(x, network).isnan().all()
 
 
 def test_where_points_want_gradients_pytorch_does_the_lookup():

@@ -20,7 +20,6 @@ from threedrec.errors import InputError
 from threedrec.field.backend import check_backend, use_triton
 from threedrec.field.hashgrid import build_levels, encode, encode_with_jacobian
 from threedrec.field.hashgrid_batched import encode_batched, encode_batched_with_jacobian
-from threedrec.field.mlp import VanillaMLP
 
 if TYPE_CHECKING:
     from threedrec.field.hashgrid_triton import Grid
@@ -85,11 +84,6 @@ class Encoding(nn.Module, ABC):
         features, slopes = self.with_jacobian(x)
         return features, lambda g: torch.einsum("nc,ncd->nd", g, slopes)
 
-    def through(self, x: Float[Tensor, "N 3"], network: VanillaMLP) -> Float[Tensor, "N Out"]:
-        """Return ``network(self(x))``, without gradients and, where there is a kernel for both, in one go."""
-        with torch.no_grad():
-            return network(self(x))
-
     def update(self, step: int) -> None:
         """Set the state that belongs to an optimisation step."""
 
@@ -133,16 +127,6 @@ class HashGrid(Encoding):
 
         linked = encode_linked(x, self.table, grid)
         return linked.features, linked.pull
-
-    def through(self, x: Float[Tensor, "N 3"], network: VanillaMLP) -> Float[Tensor, "N Out"]:
-        """Return ``network(self(x))``, without gradients and, where there is a kernel for both, in one go."""
-        grid = self._grid(x)
-        if grid is not None:
-            from threedrec.field.density_kernel import fits, raw_density
-
-            if fits(network):
-                return raw_density(x, grid, network)
-        return super().through(x, network)
 
     def _grid(self, x: Tensor) -> "Grid | None":
         """Return what the kernels need, or None when PyTorch does the lookup (always where x wants a gradient)."""

@@ -243,7 +243,7 @@ def pull_kernel(
 def scatter_kernel(
     points, grads, pulls, tangents, unit, sums, scales, numbers, count, opened,
     LEVELS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
-    SPREAD: tl.constexpr, VALUES: tl.constexpr, SLOPES: tl.constexpr, FIXED: tl.constexpr,
+    VALUES: tl.constexpr, SLOPES: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
     """``sums`` (T, CHANNELS) += what every corner receives: w ``grads`` (``VALUES``) and (w' . v) g (``SLOPES``).
 
@@ -253,7 +253,7 @@ def scatter_kernel(
     """
     columns: tl.constexpr = 1 if FIXED else CHANNELS
     lanes: tl.constexpr = 2 * BLOCK * (CHANNELS // columns)
-    index, exists, group = points_of_program(count, BLOCK, lanes, SPREAD)
+    index, exists, group = points_of_program(count, BLOCK, lanes, True)
     kind: tl.constexpr = points.dtype.element_ty
     lane = tl.arange(0, lanes)
     end = lane // (CHANNELS // columns) % 2

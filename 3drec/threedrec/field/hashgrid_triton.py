@@ -25,11 +25,10 @@ from threedrec.field.hashgrid import PRIMES, Level
 from threedrec.field.hashgrid_kernels import features_kernel, pull_kernel, scatter_kernel, tangent_kernel
 
 LAUNCH: dict[str, dict[str, Any]] = {
-    "features": {"BLOCK": 128, "GROUP": 1, "num_warps": 4},
-    "tangent": {"BLOCK": 128, "GROUP": 1, "num_warps": 4},
-    "pull": {"BLOCK": 128, "num_warps": 4},
-    "scatter": {"BLOCK": 128, "GROUP": 4, "SPREAD": False, "num_warps": 8},
-    "scatter fixed": {"BLOCK": 64, "GROUP": 4, "SPREAD": False, "num_warps": 4},
+    "features": {"BLOCK": 64, "GROUP": 4, "num_warps": 4},
+    "tangent": {"BLOCK": 64, "GROUP": 4, "num_warps": 4},
+    "pull": {"BLOCK": 256, "num_warps": 8},
+    "scatter": {"BLOCK": 128, "GROUP": 4, "num_warps": 8},
 }
 """Points and levels per program, and threads, by measurement (``benchmarks/hashgrid.py --sweep``)."""
 
@@ -150,8 +149,7 @@ def scatter(
     if flags["VALUES"] or flags["SLOPES"]:
         # What a flag leaves out is never read; any tensor stands in for it.
         grads, pulls, tangents = (points if part is None else part.contiguous() for part in (grad, pull, tangent))
-        name = "scatter fixed" if fixed else "scatter"
-        grid.launch(name, scatter_kernel, points, grads, pulls, tangents, unit, sums, **flags)
+        grid.launch("scatter", scatter_kernel, points, grads, pulls, tangents, unit, sums, **flags)
     return sums * unit.reciprocal().to(points.dtype) if fixed else sums
 
 

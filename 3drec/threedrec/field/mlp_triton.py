@@ -14,13 +14,13 @@ from torch.autograd.function import once_differentiable
 from threedrec.field.mlp_kernels import slope_backward_kernel, slope_kernel, value_backward_kernel, value_kernel
 
 LAUNCH: dict[str, dict[str, Any]] = {
-    "value": {"BLOCK": 128, "num_warps": 4},
+    "value": {"BLOCK": 64, "num_warps": 4},
     "value backward": {"BLOCK": 64, "num_warps": 4},
     "slope": {"BLOCK": 64, "num_warps": 4},
-    "slope backward": {"BLOCK": 64, "num_warps": 4},
+    "slope backward": {"BLOCK": 128, "num_warps": 8},
 }
 """Rows that a program looks at together, and threads, by measurement (``benchmarks/hashgrid.py --sweep``)."""
-PROGRAMS_PER_PROCESSOR = {"value": 8, "value backward": 2, "slope": 8, "slope backward": 2}
+PROGRAMS_PER_PROCESSOR = {"value": 8, "value backward": 8, "slope": 4, "slope backward": 1}
 """Of each kernel; a program goes through many blocks and reads the weights once."""
 PRODUCTS = {"float32": "tf32x3", "tf32": "tf32", "float16": "float16"}
 """What the kernels call the precisions of ``MLPConfig``; three TF32 products have float32's digits."""

@@ -113,10 +113,7 @@ class ImplicitVolume(nn.Module):
 
     def density(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, "N 1"]:
         """Return the density of world points."""
-        unit = self._unit(points)
-        if torch.is_grad_enabled():
-            return self._activated(points, self.density_network(self.encoding(unit)))
-        return self._activated(points, self.encoding.through(unit, self.density_network))
+        return self._activated(points, self.density_network(self.encoding(self._unit(points))))
 
     def features(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, "N C"]:
         """Return the features of world points, before the material's activation."""
