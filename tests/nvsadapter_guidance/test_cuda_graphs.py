@@ -111,6 +111,8 @@ def test_whoever_wants_no_graphs_gives_the_memory_of_those_there_are_back() -> N
 @pytest.mark.parametrize("usual", [False, True])
 def test_the_search_of_several_threads_ends_with_the_last(usual: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", usual)
+    # A run of an earlier test in this process may have switched them on.
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
     first_is_in, second_is_in, first_is_out = threading.Event(), threading.Event(), threading.Event()
     seen = []
 

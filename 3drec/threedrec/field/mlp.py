@@ -25,7 +25,7 @@ class MLPConfig:
     n_hidden_layers: int = 1
     backend: Literal["auto", "triton", "torch"] = "auto"
     """"triton" (one kernel for all layers, on CUDA), "torch", or "auto": Triton on CUDA where it fits, else PyTorch."""
-    precision: Literal["float32", "tf32", "float16"] = "tf32"
+    precision: Literal["float32", "tf32", "float16"] = "float32"
     """Of the factors in Triton's matrix products; weights and sums are float32. float16 has as many digits as tf32 and
     is faster, but ends at 65504."""
 
