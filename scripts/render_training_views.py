@@ -20,6 +20,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=128, help="side of a view in pixels")
     parser.add_argument("--quality", type=int, default=92, help="WebP quality of the colours, 0..100")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--variants", type=int, default=0, help="show so many bent shapes of each mesh")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--limit", type=int, help="render the first few objects only")
     return parser.parse_args()
@@ -29,7 +30,7 @@ def main() -> int:
     """Render, showing progress; 2 where the input cannot be used."""
     options = vars(parse_arguments())
     try:
-        total = len(read_index(options["meshes"])[: options["limit"]])
+        total = len(read_index(options["meshes"])[: options["limit"]]) * max(options["variants"], 1)
         with Progress() as progress:
             task = progress.add_task("rendering", total=total)
             for _ in render_split(options.pop("meshes"), options.pop("output"), **options):

@@ -18,6 +18,7 @@ import json
 import logging
 import os
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--views", type=Path, nargs="*", default=[], help="training views (.tar, one or several)")
     parser.add_argument("--meshes", type=Path, nargs="*", default=[], help="folders of meshes to render on the device")
     parser.add_argument("--views-per-mesh", type=int, default=40, help="of each of --meshes, a multiple of 5")
+    parser.add_argument("--bent-meshes", type=Path, nargs="*", default=[], help="the same, bent into other shapes")
     parser.add_argument("--validation", type=Path, required=True, help="validation views (.tar)")
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder for weights, state and metrics")
     parser.add_argument("--config", type=Path, default=ROOT / "configs/mini/model.json", help="shape of the model")
@@ -97,13 +99,14 @@ def mesh_banks(arguments: argparse.Namespace, device: torch.device) -> list[View
         InputError: there are none, or they cannot be read.
     """
     banks = [load_tar(path).to(device) for path in arguments.views]
-    seed = int(time.time()) + RANK
-    for folder in arguments.meshes:
+    seed = shared_seed(device) + RANK
+    folders = [*product(arguments.meshes, [False]), *product(arguments.bent_meshes, [True])]
+    for folder, bent in folders:
         start = time.perf_counter()
-        banks.append(render_bank(folder, arguments.views_per_mesh, device, seed))
+        banks.append(render_bank(folder, arguments.views_per_mesh, device, seed, bent=bent))
         log.info("rendered the meshes of %s in %.1f s", folder, time.perf_counter() - start)
     if not banks:
-        raise InputError("nothing to train on: give --views (.tar) or --meshes (folders with an index.json)")
+        raise InputError("nothing to train on: give --views (.tar), --meshes or --bent-meshes (folders)")
     return banks
 
 
@@ -184,6 +187,7 @@ def prepare_training(
 ) -> Pretrainer:
     """Load the views, train or load the autoencoder, encode everything, restore the state."""
     banks = mesh_banks(arguments, device)
+    pooled = len(banks)
     model = build_model(arguments, device)
     if arguments.procedural and (RANK > 0 or WORLD == 1):
         banks.append(procedural_bank(arguments.procedural, device, config.seed))
@@ -208,9 +212,7 @@ def prepare_training(
         share_autoencoder(model)
     config.seed += 1000 * RANK
     start = time.perf_counter()
-    trainer = Pretrainer(
-        model, encode_banks(model, banks, config, pooled=len(arguments.views) + len(arguments.meshes)), config
-    )
+    trainer = Pretrainer(model, encode_banks(model, banks, config, pooled), config)
     log.info("encoded the views in %.1f s", time.perf_counter() - start)
     if arguments.resume:
         trainer.load(state)

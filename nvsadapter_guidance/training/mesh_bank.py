@@ -1,14 +1,15 @@
 """Training views made from meshes on the training device itself, other ones for every seed: nothing is stored."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from nvsadapter_guidance.training.mesh_dataset import ViewSet, object_generator, read_index, training_views
-from nvsadapter_guidance.training.mesh_files import load_parts
+from nvsadapter_guidance.training.mesh_dataset import ViewSet, object_generator, read_index, shape_of, training_views
 from nvsadapter_guidance.training.render_meshes import DISTANCE, FOVY
 from nvsadapter_guidance.training.render_torch import Surface, TorchMeshRenderer, surface_of
 from nvsadapter_guidance.training.views import ViewBank
@@ -17,7 +18,14 @@ log = logging.getLogger(__name__)
 
 
 def render_bank(
-    meshes: Path, views: int, device: torch.device, seed: int, size: int = 128, supersample: int = 4, limit: int = 0
+    meshes: Path,
+    views: int,
+    device: torch.device,
+    seed: int,
+    size: int = 128,
+    supersample: int = 4,
+    limit: int = 0,
+    bent: bool = False,
 ) -> ViewBank:
     """Render every mesh that a folder's ``index.json`` names, as :func:`mesh_dataset.render_split` would.
 
@@ -29,6 +37,7 @@ def render_bank(
         size: side of a view in pixels.
         supersample: samples per pixel along each side.
         limit: the first few objects only; 0 for all.
+        bent: show a shape that each mesh can be bent into (`vary_mesh`), drawn by the seed, in place of its own.
 
     Raises:
         InputError: the index or a mesh cannot be read.
@@ -37,9 +46,9 @@ def render_bank(
     sets = [training_views(object_generator(Path(name).stem, seed), views) for name in names]
     renderer = TorchMeshRenderer(size, supersample, device)
     rows = []
-    for index, view_set in enumerate(_shown(renderer, [meshes / name for name in names], sets)):
-        angles = zip(view_set.azimuth, view_set.elevation, strict=True)
-        rows.append(renderer.render_all([(azimuth, elevation, DISTANCE) for azimuth, elevation in angles]))
+    shown = _shown(renderer, [meshes / name for name in names], sets, partial(shape_of, variant=int(bent), seed=seed))
+    for index, view_set in enumerate(shown):
+        rows.append(renderer.render_all(view_set.cameras))
         if (index + 1) % 100 == 0:
             log.info("rendered %d of %d objects", index + 1, len(names))
     azimuth, elevation = (torch.tensor([getattr(s, key) for s in sets]) for key in ("azimuth", "elevation"))
@@ -48,11 +57,13 @@ def render_bank(
     return ViewBank(torch.stack(rows), azimuth, elevation, distance, stems, FOVY).to(device)
 
 
-def _shown(renderer: TorchMeshRenderer, paths: list[Path], sets: list[ViewSet]) -> Iterator[ViewSet]:
+def _shown(
+    renderer: TorchMeshRenderer, paths: list[Path], sets: list[ViewSet], read_parts: Callable[[Path], list[Any]]
+) -> Iterator[ViewSet]:
     """Put one mesh after another before the renderer, while threads read the next ones."""
 
     def read(path: Path, scale: float) -> Surface:
-        return surface_of(load_parts(path, "none"), scale, renderer.device)
+        return surface_of(read_parts(path), scale, renderer.device)
 
     with ThreadPoolExecutor(4) as pool:
         waiting = [pool.submit(read, path, s.scale) for path, s in zip(paths[:8], sets[:8], strict=True)]

@@ -14,7 +14,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
+from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,9 @@ from PIL import Image
 from torch import Tensor
 
 from nvsadapter_guidance.errors import InputError
-from nvsadapter_guidance.training.render_meshes import DISTANCE, FOVY, MeshRenderer
+from nvsadapter_guidance.training.mesh_files import load_parts
+from nvsadapter_guidance.training.render_meshes import DISTANCE, FOVY, Camera, MeshRenderer
+from nvsadapter_guidance.training.vary_mesh import varied
 
 TILES_PER_ROW = 8
 
@@ -40,6 +43,12 @@ class ViewSet:
     scale: float
     distance: float = DISTANCE
     fovy: float = FOVY
+
+    @property
+    def cameras(self) -> list[Camera]:
+        """As renderers take them."""
+        angles = zip(self.azimuth, self.elevation, strict=True)
+        return [(azimuth, elevation, self.distance) for azimuth, elevation in angles]
 
 
 def object_generator(name: str, seed: int = 0) -> torch.Generator:
@@ -122,11 +131,22 @@ def _write(path: Path, content: bytes) -> None:
     partial_path.replace(path)
 
 
-_RENDERER: dict[tuple[int, int], MeshRenderer] = {}  # one window per process: opening one takes a second
+_window = cache(MeshRenderer)  # one per process: opening one takes a second
+
+
+def shape_of(path: Path, variant: int = 0, seed: int = 0) -> list[Any]:
+    """The ``trimesh.Trimesh`` parts of a mesh, or with ``variant`` > 0 one of the shapes that it can be bent into.
+
+    Raises:
+        InputError: the file cannot be read as a mesh.
+    """
+    parts = load_parts(path, "none")
+    return varied(parts, object_generator(f"{path.stem} bent {variant}", seed)) if variant else parts
 
 
 def render_object(
     entry: dict[str, Any],
+    variant: int,
     meshes: Path,
     staging: Path,
     validation: bool,
@@ -136,15 +156,13 @@ def render_object(
     seed: int,
 ) -> str:
     """Render one object's views into ``staging`` unless they are there already; returns its name."""
-    name = Path(entry["file"]).stem
+    name = Path(entry["file"]).stem + (f"-{variant}" if variant else "")
     if (staging / f"{name}.json").exists():
         return name
     views = validation_views() if validation else training_views(object_generator(name, seed), views_per_object)
-    if (size, 4) not in _RENDERER:
-        _RENDERER[size, 4] = MeshRenderer(size, 4)
-    renderer = _RENDERER[size, 4]
-    renderer.load(meshes / entry["file"], views.scale)
-    images = np.stack([renderer.render(*angles) for angles in zip(views.azimuth, views.elevation, strict=True)])
+    renderer = _window(size, 4)
+    renderer.show(shape_of(meshes / entry["file"], variant, seed), views.scale)
+    images = renderer.render_all(views.cameras).numpy()
     buffer = io.BytesIO()
     # method 6 takes two seconds more for 0.3 % of the size
     Image.fromarray(tile(images)).save(buffer, "webp", quality=quality, alpha_quality=100, method=4)
@@ -165,6 +183,7 @@ def render_split(
     seed: int = 0,
     processes: int = 1,
     limit: int | None = None,
+    variants: int = 0,
 ) -> Iterator[str]:
     """Render every mesh that a folder's ``index.json`` names, then pack the views into one file.
 
@@ -181,6 +200,7 @@ def render_split(
         seed: of the training cameras and scales.
         processes: how many windows render at once.
         limit: render the first few objects only.
+        variants: in place of each mesh, so many shapes that it can be bent into (`vary_mesh`); 0 for the mesh itself.
 
     Yields:
         the name of each object when it is done.
@@ -191,7 +211,7 @@ def render_split(
     entries = read_index(meshes)[:limit]
     staging = output.with_suffix("")
     staging.mkdir(parents=True, exist_ok=True)
-    work: Callable[[dict[str, Any]], str] = partial(
+    work: Callable[[dict[str, Any], int], str] = partial(
         render_object,
         meshes=meshes,
         staging=staging,
@@ -202,13 +222,14 @@ def render_split(
         seed=seed,
     )
     names = []
+    shapes = list(product(entries, range(1, variants + 1) if variants else [0]))
     if processes == 1:
-        for entry in entries:
-            names.append(work(entry))
+        for shape in shapes:
+            names.append(work(*shape))
             yield names[-1]
     else:
         with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-            for name in pool.map(work, entries):
+            for name in pool.map(work, *zip(*shapes, strict=True)):
                 names.append(name)
                 yield name
     pack(staging, names, output)

@@ -178,6 +178,19 @@ def test_a_split_is_rendered_packed_and_resumed(tmp_path, cube):
     assert about["creator"] == "us" and about["licence"] == "CC0-1.0"
 
 
+def test_a_split_of_bent_shapes(tmp_path, cube):
+    pytest.importorskip("vtk")
+    folder = tmp_path / "meshes"
+    folder.mkdir()
+    (folder / "a.glb").write_bytes(cube.read_bytes())
+    (folder / "index.json").write_text(json.dumps([{"file": "a.glb"}]))
+    assert list(render_split(folder, tmp_path / "bent.tar", views=5, size=32, variants=2)) == ["a-1", "a-2"]
+    assert list(render_split(folder, tmp_path / "own.tar", views=5, size=32)) == ["a"]
+    bent, own = load_tar(tmp_path / "bent.tar"), load_tar(tmp_path / "own.tar")
+    areas = [(views[..., 3] > 127).sum() for views in (bent.rgba[0], bent.rgba[1], own.rgba[0])]
+    assert len(set(map(int, areas))) == 3
+
+
 def test_bad_input_is_named(tmp_path, renderer):
     with pytest.raises(InputError, match=r"index\.json"):
         read_index(tmp_path)

@@ -12,7 +12,7 @@ from PIL import Image
 from nvsadapter_guidance.errors import InputError
 from nvsadapter_guidance.training.lights import AMBIENT, LIGHTS
 from nvsadapter_guidance.training.mesh_bank import render_bank
-from nvsadapter_guidance.training.mesh_dataset import object_generator, training_views
+from nvsadapter_guidance.training.mesh_dataset import object_generator, shape_of, training_views
 from nvsadapter_guidance.training.render_folder import RenderOptions, open_renderer, render_folder
 from nvsadapter_guidance.training.render_meshes import FOVY, MeshRenderer
 from nvsadapter_guidance.training.render_torch import (
@@ -150,6 +150,11 @@ def test_a_bank_of_views_from_meshes(tmp_path) -> None:
     assert torch.equal(bank.rgba[1], renderer.render_all([(a, e, 1.5) for a, e in angles]))
     other = render_bank(folder, 5, torch.device("cpu"), seed=4, size=16, supersample=1, limit=1)
     assert len(other) == 1 and not torch.equal(other.azimuth[0], bank.azimuth[0])
+    bent = render_bank(folder, 5, torch.device("cpu"), seed=3, size=16, supersample=1, bent=True)
+    assert torch.equal(bent.azimuth, bank.azimuth) and not torch.equal(bent.rgba, bank.rgba)
+    renderer.show(shape_of(folder / "part1.glb", 1, seed=3), cameras.scale)
+    angles = zip(cameras.azimuth, cameras.elevation, strict=True)
+    assert torch.equal(bent.rgba[1], renderer.render_all([(a, e, 1.5) for a, e in angles]))
 
 
 def test_folders_are_rendered_without_vtk(tmp_path) -> None:
