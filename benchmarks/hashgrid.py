@@ -13,11 +13,9 @@ reconstruction uses them.
 
 import argparse
 import itertools
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import records
@@ -59,23 +57,7 @@ def parse() -> argparse.Namespace:
 def milliseconds(function: Callable[[], object], args: argparse.Namespace, few: bool = False) -> float:
     """Return the median time of a call; of a few calls where one takes long."""
     repeats = min(args.repeats, 3) if few else args.repeats
-    for _ in range(1 if few else 3):
-        function()
-    if args.device == "cpu":
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            function()
-            times.append(1e3 * (time.perf_counter() - start))
-        return median(times)
-    pairs = []
-    for _ in range(repeats):
-        pairs.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
-        pairs[-1][0].record()
-        function()
-        pairs[-1][1].record()
-    torch.cuda.synchronize()
-    return median(start.elapsed_time(end) for start, end in pairs)
+    return records.milliseconds(function, args.device, repeats, warm_up=1 if few else 3)
 
 
 def both_orders(args: argparse.Namespace) -> dict[str, Tensor]:

@@ -12,10 +12,8 @@ waiting for the host. Peak memory is of tensors, in GB (1e9 bytes).
 """
 
 import argparse
-import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
@@ -71,23 +69,7 @@ def load(recipe: str, args: argparse.Namespace) -> ExperimentConfig:
 
 def milliseconds(function: Callable[[], object], args: argparse.Namespace, warm: int = 2) -> float:
     """Return the median time of a call."""
-    for _ in range(warm):
-        function()
-    if torch.device(args.device).type == "cpu":
-        times = []
-        for _ in range(args.repeats):
-            start = time.perf_counter()
-            function()
-            times.append(1e3 * (time.perf_counter() - start))
-        return median(times)
-    pairs = []
-    for _ in range(args.repeats):
-        pairs.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
-        pairs[-1][0].record()
-        function()
-        pairs[-1][1].record()
-    torch.cuda.synchronize()
-    return median(start.elapsed_time(end) for start, end in pairs)
+    return records.milliseconds(function, args.device, args.repeats, warm)
 
 
 def peak(function: Callable[[], object], device: str) -> float | None:

@@ -131,8 +131,7 @@ class Bench:
             raise InputError(f"{args.objects}: holds no mesh {missing[0]} (known: {', '.join(found)})")
         self.args, self.truth = args, {name: found[name] for name in names}
         self.cases = [Case(*each) for each in product(names, PATHS, range(args.seeds))]
-        gpu = "cpu" if args.device == "cpu" else args.device.removeprefix("cuda").removeprefix(":") or "0"
-        self.device = choose_device(gpu)
+        self.device = choose_device(records.gpu(args.device))
         # Of each path its own, so that neither loads the model again in turn.
         self.pools = {path: GuidancePool() for path in PATHS}
         # Rows of other settings are no rows of this table.

@@ -28,6 +28,7 @@ from rich.console import Console
 from sds import write_weights
 
 from threedrec import registry
+from threedrec.cameras import RandomCameraSampler
 from threedrec.config import load_config
 from threedrec.config_schema import ExperimentConfig
 from threedrec.distillation import DISTILLATION
@@ -99,7 +100,7 @@ def run(args: argparse.Namespace, folder: Path, overrides: Sequence[str], until:
     ]
     given = {text.split("=")[0] for text in args.overrides}
     values = [text for text in values if text.split("=")[0] not in given]
-    device = choose_device("cpu" if args.device == "cpu" else args.device.removeprefix("cuda").removeprefix(":") or "0")
+    device = choose_device(records.gpu(args.device))
     config = load_config(args.config, [*values, *overrides, *args.overrides], device_type=device.type)
     run_dir = open_run(config, "train")
     clock = Clock(args.seconds)
@@ -120,16 +121,18 @@ def by_resolution(config: ExperimentConfig, folder: Path) -> list[dict[str, Any]
     with (folder / "iterations.csv").open(newline="", encoding="utf-8") as file:
         times = {int(step): float(seconds) for step, seconds in csv.reader(file)}
     camera = config.data.random_camera
+    size_at = RandomCameraSampler(camera).size_at
     begin = 0
     rows: list[dict[str, Any]] = []
     for end in [*camera.resolution_milestones, config.trainer.max_steps]:
         found = [1e3 * times[step] for step in range(begin + 1, end + 1) if step in times]
         # The first ones at a new size allocate, tune and capture.
         settled = found[len(found) // 5 :]
+        height, _, views = size_at(begin)
         rows.append(
             {
-                "pixels": _entry(camera.height, len(rows)),
-                "views": _entry(camera.batch_size, len(rows)),
+                "pixels": height,
+                "views": views,
                 "iterations": [begin, end],
                 "timed": len(found),
                 "median_ms": round(median(settled), 2) if settled else None,
@@ -138,10 +141,6 @@ def by_resolution(config: ExperimentConfig, folder: Path) -> list[dict[str, Any]
         )
         begin = end
     return rows
-
-
-def _entry(values: Any, index: int) -> Any:
-    return values[min(index, len(values) - 1)] if isinstance(values, Sequence) else values
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

@@ -41,11 +41,10 @@ def parse() -> argparse.Namespace:
 
 def measure(device: str, image: Path, config: str, overrides: list[str]) -> dict[str, Any]:
     """Run one reconstruction in a folder that is thrown away; return its numbers."""
-    gpu = "cpu" if device == "cpu" else device.removeprefix("cuda:")
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
         values = [f"data.image_path={image.resolve()}", *overrides, f"trial_dir={run_dir}"]
-        command = [sys.executable, "launch.py", "--config", config, "--train", "--gpu", gpu, *values]
+        command = [sys.executable, "launch.py", "--config", config, "--train", "--gpu", records.gpu(device), *values]
         start = time.perf_counter()
         subprocess.run(command, cwd=REPOSITORY, check=True)
         seconds = time.perf_counter() - start

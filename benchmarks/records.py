@@ -1,11 +1,13 @@
-"""What every record of a benchmark says of its origin, and where it is kept."""
+"""What benchmarks share: timing a call, what every record says of its origin, and where it is kept."""
 
 import json
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -29,6 +31,32 @@ def cpu() -> str:
 def machine(device: str) -> str:
     """The GPU's name, or :func:`cpu`."""
     return torch.cuda.get_device_name() if torch.device(device).type == "cuda" else cpu()
+
+
+def gpu(device: str) -> str:
+    """What ``--gpu`` of launch.py takes for cpu, cuda or cuda:N."""
+    return "cpu" if device == "cpu" else device.removeprefix("cuda").removeprefix(":") or "0"
+
+
+def milliseconds(function: Callable[[], object], device: str, repeats: int, warm_up: int) -> float:
+    """The median time of a call; on a GPU of CUDA events over calls that follow each other without a pause."""
+    for _ in range(warm_up):
+        function()
+    if torch.device(device).type == "cpu":
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            function()
+            times.append(1e3 * (time.perf_counter() - start))
+        return median(times)
+    pairs = []
+    for _ in range(repeats):
+        pairs.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+        pairs[-1][0].record()
+        function()
+        pairs[-1][1].record()
+    torch.cuda.synchronize()
+    return median(start.elapsed_time(end) for start, end in pairs)
 
 
 def append(folder: Path, name: str, records: Iterable[Mapping[str, Any]]) -> None:

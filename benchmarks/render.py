@@ -18,8 +18,10 @@ from rich.console import Console
 
 from nvsadapter_guidance.training.mesh_dataset import object_generator, training_views
 from nvsadapter_guidance.training.mesh_files import find_meshes, load_parts
+from nvsadapter_guidance.training.render_folder import Renderer
 from nvsadapter_guidance.training.render_meshes import MeshRenderer
 from nvsadapter_guidance.training.render_torch import TorchMeshRenderer
+from nvsadapter_guidance.training.views import composite
 
 VIEWS = 20
 
@@ -35,34 +37,28 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def on_white(rgba: np.ndarray) -> np.ndarray:
-    """Straight-alpha bytes as colours in [0, 1]."""
-    alpha = rgba[..., 3:] / 255.0
-    return rgba[..., :3] / 255.0 * alpha + 1.0 - alpha
-
-
 def main() -> None:
     """Measure, print and keep."""
     args = parse()
-    renderers: dict[str, MeshRenderer | TorchMeshRenderer] = {"torch": TorchMeshRenderer(device=args.device)}
+    renderers: dict[str, Renderer] = {"torch": TorchMeshRenderer(device=args.device)}
     if not args.no_vtk:
         renderers["vtk"] = MeshRenderer()
     seconds, errors = dict.fromkeys(renderers, 0.0), []
     meshes = dict(list(find_meshes(args.meshes).items())[: args.limit])
     for number, (name, path) in enumerate(meshes.items()):
-        cameras = training_views(object_generator(name), VIEWS)
-        angles = [(azimuth, elevation, 1.5) for azimuth, elevation in zip(cameras.azimuth, cameras.elevation)]
+        cameras = training_views(object_generator(name), VIEWS).cameras
         parts, images = load_parts(path, "sphere"), {}
         for kind, renderer in renderers.items():
             if number == 0:
                 renderer.show(parts)
-                renderer.render_all(angles)  # libraries and kernels are loaded
+                renderer.render_all(cameras)  # libraries and kernels are loaded
             start = time.perf_counter()
             renderer.show(parts)
-            images[kind] = renderer.render_all(angles).cpu().numpy()
+            images[kind] = renderer.render_all(cameras).cpu()
             seconds[kind] += time.perf_counter() - start
         if "vtk" in images:
-            errors.append(float(np.square(on_white(images["vtk"]) - on_white(images["torch"])).mean()))
+            vtk, plain = (composite(images[kind] / 255.0) for kind in ("vtk", "torch"))
+            errors.append(float((vtk - plain).square().mean()))
     count = len(meshes) * VIEWS
     record = {
         "date": records.now(),

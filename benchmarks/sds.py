@@ -167,7 +167,7 @@ def command_line(args: argparse.Namespace, weights: Path, run_dir: Path) -> list
     }
     if args.fine:
         overrides["data.resolution_milestones"] = f"[{args.steps // 4},{args.steps // 2}]"
-    gpu = "cpu" if args.device == "cpu" else args.device.removeprefix("cuda").removeprefix(":") or "0"
+    gpu = records.gpu(args.device)
     values = [f"{key}={value}" for key, value in overrides.items()]
     return ["launch.py", "--config", args.config, "--train", "--gpu", gpu, *values, *args.overrides]
 

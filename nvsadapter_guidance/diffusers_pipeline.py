@@ -28,7 +28,7 @@ from nvsadapter_guidance.images import (
     support_tensor,
 )
 from nvsadapter_guidance.model import NVSModel, NVSModelConfig
-from nvsadapter_guidance.pipeline import Poses, prepare, view_poses
+from nvsadapter_guidance.pipeline import Poses, SupportConditions, prepare, view_poses
 from nvsadapter_guidance.sampling import OnStep, SamplingOptions, decode_views, sample_latents
 from nvsadapter_guidance.sampling_defaults import GUIDANCE_SCALES, STEPS
 from nvsadapter_guidance.saved_pipeline import DOWNLOAD_OPTIONS, check_tensor_names, holds_pipeline, is_hub_id
@@ -213,7 +213,7 @@ class NVSAdapterPipeline(DiffusionPipeline):
             distances: of the cameras from the object, in its diameters; None for the training distance.
             num_inference_steps: of the scheduler; None for 50 as released, or 20 with the embedded model.
             guidance_scale: of classifier-free guidance, 1 is the conditional prediction alone; None for 3 as released,
-                or with the embedded model.
+                or 1 with the embedded model.
             num_query: views sampled together; None for as many as the model was trained with.
             prompt: for the text encoder; the release always leaves it empty.
             generator: of every random draw, on the CPU or the pipeline's device; None draws from torch's global one.
@@ -237,8 +237,7 @@ class NVSAdapterPipeline(DiffusionPipeline):
         model, device = self._model_for(image_size, graph, output_type), self._execution_device
         poses = _view_poses(elevations, azimuths, distances, model.config.distance, device)
         generator = _generator_on(device, generator)
-        pixels = support_tensor(image, model.config.image_size).to(device)
-        conditions = prepare(model, pixels, _support_pose(model.config.distance, device), generator, prompt)
+        conditions = _support_conditions(model, image, prompt, generator, device)
         with self.progress_bar(total=steps) as progress:
             on_step = self._reporter(progress, callback_on_step_end)
             sampled = sample_latents(model, conditions, poses, generator, options, self.scheduler, latents, on_step)
@@ -248,7 +247,7 @@ class NVSAdapterPipeline(DiffusionPipeline):
 
     def _steps_and_scale(self, steps: int | None, scale: float | None) -> tuple[int, float]:
         """Both as given; where they are not, what suits the weights."""
-        family = "released" if self._config.unconditional_support == "noise" else "mini"
+        family = self._config.family
         return STEPS[family] if steps is None else steps, GUIDANCE_SCALES[family] if scale is None else scale
 
     def _model_for(self, image_size: int | None, graph: str, output_type: str) -> NVSModel:
@@ -282,9 +281,12 @@ def _view_poses(elevations: Any, azimuths: Any, distances: Any, default: float, 
     return view_poses(*degrees, places, default, device)
 
 
-def _support_pose(distance: float, device: torch.device) -> Poses:
-    zero = torch.zeros(1, device=device)
-    return Poses(zero, zero, torch.full((1,), distance, device=device))
+def _support_conditions(
+    model: NVSModel, image: Any, prompt: str, generator: torch.Generator, device: torch.device
+) -> SupportConditions:
+    pixels = support_tensor(image, model.config.image_size).to(device)
+    front = view_poses([0.0], [0.0], [model.config.distance], device=device)
+    return prepare(model, pixels, front, generator, prompt)
 
 
 def _numbers(name: str, values: Any) -> list[float]:

@@ -110,12 +110,9 @@ def _from_hub(repository: str, file: WeightFile, folder: Path) -> tuple[Path, st
     try:
         path = Path(hf_hub_download(repository, file.name, local_dir=staging))
         tag = "" if file.sha256 else get_hf_file_metadata(hf_hub_url(repository, file.name)).etag or ""
-    except OSError as error:
-        if error.errno in _DISK:
-            raise write_failure(staging, error) from error
-        _clear_without_data(staging, folder)
-        raise SourceError(_first_line(error)) from error
     except Exception as error:  # the hub's client has many kinds of failures, and another source may do
+        if isinstance(error, OSError) and error.errno in _DISK:
+            raise write_failure(staging, error) from error
         _clear_without_data(staging, folder)
         raise SourceError(_first_line(error)) from error
     # For large files the entity tag is their SHA-256, for small ones a git hash of another length.

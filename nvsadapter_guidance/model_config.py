@@ -52,6 +52,11 @@ class NVSModelConfig:
     """Standard deviation of the noise that sampling starts from where nothing else is asked for: below 1, samples lie
     nearer to the mean of the views that the model thinks possible, with fewer wrong details and softer ones."""
 
+    @property
+    def family(self) -> str:
+        """``mini`` or ``released``, the keys of `sampling_defaults`."""
+        return "released" if self.unconditional_support == "noise" else "mini"
+
 
 _SECTIONS: dict[str, Callable[..., Any]] = {
     "unet": UNet2DConditionModel.__init__,

@@ -97,12 +97,7 @@ def sample_latents(
     device = conditions.latents.device
     order = torch.arange(-(-wanted // size) * size, device=device) % wanted
     poses = poses[order]
-    shape = (len(order), *conditions.latents.shape[2:])
-    latents = (
-        randn_tensor(shape, generator, device, torch.float32) if noise is None else noise.to(device)[order].float()
-    )
-    if latents.shape != shape:
-        raise InputError(f"noise has the size {tuple(latents.shape[1:])} a view; the model's latents have {shape[1:]}")
+    latents = _first_noise(conditions, order, generator, noise)
     scheduler = build_scheduler("euler", model.schedule) if scheduler is None else scheduler
     scheduler.set_timesteps(options.num_inference_steps, device=device)
     noise_scale = model.config.sampling_noise if options.noise_scale is None else options.noise_scale
@@ -131,6 +126,16 @@ def sample_latents(
             "first step may be pure noise, and a network in bfloat16 or float32"
         )
     return latents[:wanted]
+
+
+def _first_noise(
+    conditions: SupportConditions, order: Int[Tensor, " N"], generator: torch.Generator, given: Tensor | None
+) -> Float[Tensor, "N C h w"]:
+    shape, device = (len(order), *conditions.latents.shape[2:]), order.device
+    noise = randn_tensor(shape, generator, device, torch.float32) if given is None else given.to(device)[order].float()
+    if noise.shape != shape:
+        raise InputError(f"noise has the size {tuple(noise.shape[1:])} a view; the model's latents have {shape[1:]}")
+    return noise
 
 
 @torch.no_grad()

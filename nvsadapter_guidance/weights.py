@@ -63,8 +63,7 @@ def choose_weights(pretrained: str) -> WeightsChoice:
     if (path / CONFIG_NAME).is_file():
         return WeightsChoice("mini", path, f"model folder {path}")
     if holds_pipeline(path):
-        family = "released" if saved_config(path).unconditional_support == "noise" else "mini"
-        return WeightsChoice(family, path, f"saved pipeline {path}")
+        return WeightsChoice(saved_config(path).family, path, f"saved pipeline {path}")
     if adapter_folder(path) is not None:
         return WeightsChoice("released", path, f"adapter {path} with its base model")
     if path.is_file():

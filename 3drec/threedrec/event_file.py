@@ -9,6 +9,7 @@ import struct
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 _POLYNOMIAL = 0x82F63B78
 """Of CRC-32C (Castagnoli), bits reversed."""
@@ -35,31 +36,39 @@ def masked_crc(data: bytes) -> int:
     return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-class EventFile:
-    """A file ``events.out.tfevents.…`` in a folder, made when it is opened."""
+class EventLog:
+    """A file ``events.out.tfevents.…`` in a folder, made with the first values."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = (folder / f"events.out.tfevents.{int(time.time())}.{os.getpid()}").open("wb")
-        self._write(_double(1, time.time()) + _bytes(3, b"brain.Event:2"))
+        """Write into ``folder``."""
+        self.folder = folder
+        self._file: BinaryIO | None = None
 
-    def add(self, values: Mapping[str, float], step: int) -> None:
-        """Append the values of one step, by name."""
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Take in the values of a step, by name."""
+        if self._file is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._file = (self.folder / f"events.out.tfevents.{int(time.time())}.{os.getpid()}").open("wb")
+            self._file.write(_record(_double(1, time.time()) + _bytes(3, b"brain.Event:2")))
         parts = (_bytes(1, _bytes(1, name.encode()) + _float(2, value)) for name, value in values.items())
-        self._write(_double(1, time.time()) + _varint(2 << 3) + _varint(step) + _bytes(5, b"".join(parts)))
+        event = _double(1, time.time()) + _varint(2 << 3) + _varint(step) + _bytes(5, b"".join(parts))
+        self._file.write(_record(event))
 
     def flush(self) -> None:
-        """Hand over to the system what was added."""
-        self._file.flush()
+        """Write what was taken in."""
+        if self._file is not None:
+            self._file.flush()
 
     def close(self) -> None:
-        """Write what is left, and close the file."""
-        self._file.close()
+        """Write what was taken in, and end."""
+        if self._file is not None:
+            self._file.close()
 
-    def _write(self, event: bytes) -> None:
-        length = struct.pack("<Q", len(event))
-        checks = (struct.pack("<I", masked_crc(part)) for part in (length, event))
-        self._file.write(length + next(checks) + event + next(checks))
+
+def _record(event: bytes) -> bytes:
+    length = struct.pack("<Q", len(event))
+    checks = (struct.pack("<I", masked_crc(part)) for part in (length, event))
+    return length + next(checks) + event + next(checks)
 
 
 def _varint(value: int) -> bytes:

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from threedrec.event_file import EventFile
+from threedrec.event_file import EventLog
 
 logger = logging.getLogger(__name__)
 
@@ -31,31 +31,6 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """Write what was taken in, and end."""
-
-
-class EventLog:
-    """Values for TensorBoard."""
-
-    def __init__(self, folder: Path) -> None:
-        """Write into ``folder``, from the first value on."""
-        self.folder = folder
-        self._file: EventFile | None = None
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        """Take in the values of a step, by name."""
-        if self._file is None:
-            self._file = EventFile(self.folder)
-        self._file.add(values, step)
-
-    def flush(self) -> None:
-        """Write what was taken in."""
-        if self._file is not None:
-            self._file.flush()
-
-    def close(self) -> None:
-        """Write what was taken in, and end."""
-        if self._file is not None:
-            self._file.close()
 
 
 class CsvLog:

@@ -155,7 +155,7 @@ def _write_sheet(
 def _pictures(frames: Mapping[str, Images]) -> dict[str, UInt8[np.ndarray, "T H W 3"]]:
     """Pictures as bytes; frame by frame, since a video of floats would fill the memory."""
     raw = {name: images.detach().float() for name, images in frames.items() if images.dtype != torch.uint8}
-    depth_range = _depth_range(raw["depth"], _seen(raw["depth"], raw.get("opacity"))) if "depth" in raw else None
+    depths = depth_range(raw) if "depth" in raw else None
     pictures = {}
     for name, images in frames.items():
         if name not in raw:
@@ -163,7 +163,7 @@ def _pictures(frames: Mapping[str, Images]) -> dict[str, UInt8[np.ndarray, "T H 
             continue
         shown = {key: raw[key] for key in (name, "opacity") if key in raw}
         parts = [
-            _bytes(to_rgb({key: value[i : i + 1] for key, value in shown.items()}, depth_range)[name])
+            _bytes(to_rgb({key: value[i : i + 1] for key, value in shown.items()}, depths)[name])
             for i in range(len(images))
         ]
         pictures[name] = np.concatenate(parts)

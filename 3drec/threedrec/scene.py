@@ -43,10 +43,6 @@ class Scene(nn.Module):
         """Density of world points."""
         return self.geometry.density(points)
 
-    def albedo(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:
-        """Colour of world points without light, in [0, 1]."""
-        return self.renderer.material.albedo(self.geometry.features(points))
-
     def surface_albedo(
         self, points: Float[Tensor, "N 3"], reach: float = SURFACE_REACH, samples: int = 6
     ) -> Float[Tensor, "N 3"]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -250,8 +251,6 @@ def progress_bar(title: str, total: int, in_bytes: bool = False) -> Iterator[Cal
 
     A bar of bytes, which may end early because not every byte is of use, disappears in the end.
     """
-    import sys
-
     from rich.console import Console
     from rich.progress import (
         BarColumn,

@@ -11,9 +11,7 @@ from torch import Tensor
 from nvsadapter_guidance.errors import InputError
 from nvsadapter_guidance.training.mesh_dataset import ViewSet
 from nvsadapter_guidance.training.mesh_files import Fit, load_parts
-from nvsadapter_guidance.training.render_folder import render_views
-from nvsadapter_guidance.training.render_meshes import MeshRenderer
-from nvsadapter_guidance.training.render_torch import TorchMeshRenderer
+from nvsadapter_guidance.training.render_folder import Renderer
 
 ELEVATIONS = (0.0, 30.0)
 SUPERSAMPLE = 4
@@ -66,7 +64,7 @@ class TruthRenderer:
         fit: see `mesh_files.load_parts`; ``sphere`` is how this project's models see objects.
     """
 
-    def __init__(self, views: ViewSet, renderer: MeshRenderer | TorchMeshRenderer, fit: Fit = "sphere") -> None:
+    def __init__(self, views: ViewSet, renderer: Renderer, fit: Fit = "sphere") -> None:
         self.views, self.fit = views, fit
         self._renderer = renderer
 
@@ -77,7 +75,7 @@ class TruthRenderer:
             InputError: it cannot be read, or nothing is seen of it from the reference camera.
         """
         self._renderer.show(load_parts(path, self.fit))
-        rgba = render_views(self._renderer, self.views)
+        rgba = self._renderer.render_all(self.views.cameras).cpu().numpy()
         if not rgba[0, ..., 3].any():
             raise InputError(f"{path}: nothing of it is seen from the reference camera; is it in glTF axes, front +z?")
         return TrueViews(name, rgba)

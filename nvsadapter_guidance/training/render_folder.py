@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal, get_args
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from nvsadapter_guidance.errors import InputError
-from nvsadapter_guidance.training.mesh_dataset import ViewSet, object_generator
+from nvsadapter_guidance.training.mesh_dataset import object_generator
 from nvsadapter_guidance.training.mesh_files import FITS, Fit, load_parts
 from nvsadapter_guidance.training.render_meshes import Camera, MeshRenderer
 from nvsadapter_guidance.training.render_torch import TorchMeshRenderer
@@ -28,6 +28,7 @@ from nvsadapter_guidance.training.zero123 import VIEWS_PER_OBJECT, camera_matrix
 SETTINGS_FILE, PATHS_FILE, BROKEN_FILE = "render.json", "valid_paths.json", "broken.json"
 RendererName = Literal["vtk", "torch"]
 RENDERERS = get_args(RendererName)
+Renderer = MeshRenderer | TorchMeshRenderer
 NEAREST = 1.01
 """Smallest distance of a camera: outside of the cube of side 1, with room for the near plane."""
 
@@ -132,7 +133,7 @@ def render_folder(
         (output / BROKEN_FILE).unlink(missing_ok=True)
 
 
-def open_renderer(kind: RendererName, size: int, supersample: int) -> MeshRenderer | TorchMeshRenderer:
+def open_renderer(kind: RendererName, size: int, supersample: int) -> Renderer:
     """A renderer that keeps nothing but its window: ``vtk`` on the CPU, ``torch`` on a GPU where there is one.
 
     Raises:
@@ -141,14 +142,6 @@ def open_renderer(kind: RendererName, size: int, supersample: int) -> MeshRender
     if kind == "torch":
         return TorchMeshRenderer(size, supersample, "cuda" if torch.cuda.is_available() else "cpu")
     return MeshRenderer(size, supersample)
-
-
-def render_views(renderer: MeshRenderer | TorchMeshRenderer, cameras: ViewSet | list[Camera]) -> np.ndarray:
-    """Views ``(V, size, size, 4)`` of the mesh in the renderer, straight-alpha bytes."""
-    if isinstance(cameras, ViewSet):
-        angles = zip(cameras.azimuth, cameras.elevation, strict=True)
-        cameras = [(azimuth, elevation, cameras.distance) for azimuth, elevation in angles]
-    return renderer.render_all(cameras).cpu().numpy()
 
 
 def _keep_settings(output: Path, options: RenderOptions) -> None:
@@ -165,9 +158,7 @@ def _keep_settings(output: Path, options: RenderOptions) -> None:
     _write_json(path, values)
 
 
-_RENDERER: dict[
-    tuple[RendererName, int, int], MeshRenderer | TorchMeshRenderer
-] = {}  # one window per process: opening one takes a second
+_window = cache(open_renderer)  # one per process: opening one takes a second
 
 
 def _render_one(item: tuple[str, Path], output: Path, options: RenderOptions) -> Rendered:
@@ -175,16 +166,13 @@ def _render_one(item: tuple[str, Path], output: Path, options: RenderOptions) ->
     target = output / name
     if target.is_dir():
         return Rendered(name, was_there=True)
-    wanted = (options.renderer, options.size, options.supersample)
-    if wanted not in _RENDERER:
-        _RENDERER[wanted] = open_renderer(*wanted)
-    renderer = _RENDERER[wanted]
+    renderer = _window(options.renderer, options.size, options.supersample)
     try:
         renderer.show(load_parts(path, options.fit))
     except InputError as error:
         return Rendered(name, problem=str(error))
     cameras = sphere_cameras(name, options)
-    rgba = render_views(renderer, cameras)
+    rgba = renderer.render_all(cameras).cpu().numpy()
     if not rgba[..., 3].any():
         return Rendered(name, problem=f"{path}: nothing of it is seen from any camera")
     files = encode_views(rgba, np.stack([camera_matrix(*camera) for camera in cameras]))

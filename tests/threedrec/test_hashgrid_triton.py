@@ -1,6 +1,6 @@
 """The Triton kernels against their PyTorch twins, in value and gradient.
 
-On a GPU these are the compiled kernels; ``test_hashgrid_interpreted`` runs this file on the CPU.
+On a GPU these are the compiled kernels; ``test_kernels_interpreted`` runs this file on the CPU.
 """
 
 import os

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from threedrec.event_file import masked_crc
-from threedrec.loggers import CsvLog, EventLog, file_loggers
+from threedrec.event_file import EventLog, masked_crc
+from threedrec.loggers import CsvLog, file_loggers
 
 
 def test_the_table_grows_new_columns_and_keeps_its_rows(tmp_path: Path) -> None:

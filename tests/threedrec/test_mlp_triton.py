@@ -1,6 +1,6 @@
 """The network's Triton kernels against their PyTorch twin in float64, in value and gradient.
 
-On a GPU these are the compiled kernels; ``test_mlp_interpreted`` runs this file on the CPU.
+On a GPU these are the compiled kernels; ``test_kernels_interpreted`` runs this file on the CPU.
 """
 
 import os

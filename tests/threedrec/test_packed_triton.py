@@ -1,6 +1,6 @@
 """The renderer's Triton kernels against their PyTorch twins, in value and gradient.
 
-On a GPU these are the compiled kernels; ``test_packed_interpreted`` runs this file on the CPU.
+On a GPU these are the compiled kernels; ``test_kernels_interpreted`` runs this file on the CPU.
 """
 
 import os

@@ -1,9 +1,7 @@
 """benchmarks/quality.py: the comparison by hand, and a tiny whole table in sittings."""
 
-import importlib
 import json
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -12,12 +10,8 @@ import trimesh
 
 
 @pytest.fixture
-def quality(repository: Path) -> Iterator[ModuleType]:
-    sys.path.insert(0, str(repository / "benchmarks"))
-    yield importlib.import_module("quality")
-    sys.path.remove(str(repository / "benchmarks"))
-    for name in ("quality", "records"):
-        del sys.modules[name]
+def quality(benchmarks: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmarks("quality")
 
 
 def test_differences_are_judged_against_the_spread(quality: ModuleType) -> None:

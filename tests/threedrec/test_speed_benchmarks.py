@@ -1,10 +1,8 @@
 """benchmarks/speed.py and recipe.py: the newest figures in one file, the recipe in sittings."""
 
-import importlib
 import json
 import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,17 +14,7 @@ GPU = {"machine": "NVIDIA H200", "versions": VERSIONS}
 
 
 @pytest.fixture
-def benchmarks(repository: Path) -> Iterator[Any]:
-    before = set(sys.modules)
-    sys.path.insert(0, str(repository / "benchmarks"))
-    yield importlib.import_module
-    sys.path.remove(str(repository / "benchmarks"))
-    for name in {"speed", "recipe", "sds", "records", "released_parity"} & (set(sys.modules) - before):
-        del sys.modules[name]
-
-
-@pytest.fixture
-def speed(benchmarks: Any) -> ModuleType:
+def speed(benchmarks: Callable[[str], ModuleType]) -> ModuleType:
     return benchmarks("speed")
 
 

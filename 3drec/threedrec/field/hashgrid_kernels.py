@@ -33,12 +33,30 @@ def points_of_program(count, BLOCK: tl.constexpr, LANES: tl.constexpr, SPREAD: t
 
 
 @triton.jit
-def locate(points, index, inside, axis: tl.constexpr, scale):
+def load_vector(vectors, index, inside):
+    """Return the three components of (N, 3) rows."""
+    x = tl.load(vectors + index * 3, mask=inside, other=0.0)
+    y = tl.load(vectors + index * 3 + 1, mask=inside, other=0.0)
+    z = tl.load(vectors + index * 3 + 2, mask=inside, other=0.0)
+    return x, y, z
+
+
+@triton.jit
+def cell_along(x, scale):
     """Return the cell along one axis and the position inside it."""
-    x = tl.load(points + index * 3 + axis, mask=inside, other=0.0)
     position = tl.minimum(tl.maximum(x, 0.0), 1.0) * scale + 0.5
     cell = tl.floor(position)
     return cell.to(tl.int32), position - cell
+
+
+@triton.jit
+def locate(points, index, inside, scale):
+    """Return the cells of the points, and the positions inside them: x, y, z each."""
+    x, y, z = load_vector(points, index, inside)
+    cell_x, fraction_x = cell_along(x, scale)
+    cell_y, fraction_y = cell_along(y, scale)
+    cell_z, fraction_z = cell_along(z, scale)
+    return cell_x, cell_y, cell_z, fraction_x, fraction_y, fraction_z
 
 
 @triton.jit
@@ -98,23 +116,12 @@ def across_edge(tangent_y, tangent_z, y, z, edge: tl.constexpr):
 
 
 @triton.jit
-def load_vector(vectors, index, inside):
-    """Return the three components of (N, 3) rows."""
-    x = tl.load(vectors + index * 3, mask=inside, other=0.0)
-    y = tl.load(vectors + index * 3 + 1, mask=inside, other=0.0)
-    z = tl.load(vectors + index * 3 + 2, mask=inside, other=0.0)
-    return x, y, z
-
-
-@triton.jit
 def level_features(points, table, scales, numbers, index, inside, level, CHANNELS: tl.constexpr, BLOCK: tl.constexpr):
     """Return the features of one level, (BLOCK, CHANNELS)."""
     kind: tl.constexpr = points.dtype.element_ty
     scale, shape = tl.load(scales + level).to(kind), shape_of(numbers, level)
     end = tl.arange(0, 2 * BLOCK) % 2
-    cell_x, fraction_x = locate(points, index, inside, 0, scale)
-    cell_y, fraction_y = locate(points, index, inside, 1, scale)
-    cell_z, fraction_z = locate(points, index, inside, 2, scale)
+    cell_x, cell_y, cell_z, fraction_x, fraction_y, fraction_z = locate(points, index, inside, scale)
     weight_x = along_edge(end, fraction_x)[0]
     sums = tl.zeros([2 * BLOCK, CHANNELS], dtype=kind)
     for edge in tl.static_range(4):
@@ -132,9 +139,7 @@ def level_tangent(
     kind: tl.constexpr = points.dtype.element_ty
     scale, shape = tl.load(scales + level).to(kind), shape_of(numbers, level)
     end = tl.arange(0, 2 * BLOCK) % 2
-    cell_x, fraction_x = locate(points, index, inside, 0, scale)
-    cell_y, fraction_y = locate(points, index, inside, 1, scale)
-    cell_z, fraction_z = locate(points, index, inside, 2, scale)
+    cell_x, cell_y, cell_z, fraction_x, fraction_y, fraction_z = locate(points, index, inside, scale)
     tangent_x, tangent_y, tangent_z = tangent
     weight_x, sign = along_edge(end, fraction_x)
     sums = tl.zeros([2 * BLOCK, CHANNELS], dtype=kind)
@@ -221,9 +226,7 @@ def pull_kernel(
     for level in range(LEVELS):
         inside = within & (level < opened)
         scale, shape = tl.load(scales + level).to(kind), shape_of(numbers, level)
-        cell_x, fraction_x = locate(points, index, inside, 0, scale)
-        cell_y, fraction_y = locate(points, index, inside, 1, scale)
-        cell_z, fraction_z = locate(points, index, inside, 2, scale)
+        cell_x, cell_y, cell_z, fraction_x, fraction_y, fraction_z = locate(points, index, inside, scale)
         at = index[:, None] * (LEVELS * CHANNELS) + level * CHANNELS + channel[None, :]
         pull = tl.load(pulls + at, mask=inside[:, None], other=0.0).to(kind) * scale
         weight_x, sign = along_edge(end, fraction_x)
@@ -267,9 +270,7 @@ def scatter_kernel(
         inside = exists & (level < opened)
         known = tl.minimum(level, LEVELS - 1)
         scale, shape = tl.load(scales + known).to(kind), shape_of(numbers, known)
-        cell_x, fraction_x = locate(points, index, inside, 0, scale)
-        cell_y, fraction_y = locate(points, index, inside, 1, scale)
-        cell_z, fraction_z = locate(points, index, inside, 2, scale)
+        cell_x, cell_y, cell_z, fraction_x, fraction_y, fraction_z = locate(points, index, inside, scale)
         weight_x, sign = along_edge(end, fraction_x)
         at = index[:, None] * (LEVELS * CHANNELS) + level * CHANNELS + channel
         # What the weight y z of an edge multiplies, and what its slope does.

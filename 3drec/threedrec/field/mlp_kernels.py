@@ -42,9 +42,33 @@ def block_of(rows, block, count, WIDTH: tl.constexpr, REAL: tl.constexpr, BLOCK:
 
 
 @triton.jit
+def load_block(rows, block, count, WIDTH: tl.constexpr, REAL: tl.constexpr, BLOCK: tl.constexpr):
+    """Return a block of rows, (BLOCK, WIDTH), with zeros for what does not exist."""
+    at, exists = block_of(rows, block, count, WIDTH, REAL, BLOCK)
+    return tl.load(at, mask=exists, other=0.0)
+
+
+@triton.jit
+def store_block(rows, values, block, count, WIDTH: tl.constexpr, REAL: tl.constexpr, BLOCK: tl.constexpr):
+    """Write what exists of a block of rows."""
+    at, exists = block_of(rows, block, count, WIDTH, REAL, BLOCK)
+    tl.store(at, values, mask=exists)
+
+
+@triton.jit
 def relu(x):
     """Return max(x, 0), and for what is no number the same."""
     return tl.where(x < 0.0, 0.0, x)
+
+
+@triton.jit
+def layers(rows, first_weights, second_weights, DEEP: tl.constexpr, PRECISION: tl.constexpr):
+    """Return what leaves the first and the last ReLU; without a second hidden layer they are the same."""
+    before = relu(product(rows, tl.trans(first_weights), PRECISION))
+    hidden = before
+    if DEEP:
+        hidden = relu(product(before, tl.trans(second_weights), PRECISION))
+    return before, hidden
 
 
 @triton.jit
@@ -75,13 +99,9 @@ def value_kernel(
     second_weights = matrix(second, WIDTH, WIDTH, WIDTH) if DEEP else 0.0
     block = tl.program_id(0)
     while block < tl.cdiv(count, BLOCK):
-        at, exists = block_of(x, block, count, IN, IN, BLOCK)
-        rows = tl.load(at, mask=exists, other=0.0)
-        hidden = relu(product(rows, tl.trans(first_weights), PRECISION))
-        if DEEP:
-            hidden = relu(product(hidden, tl.trans(second_weights), PRECISION))
-        at, exists = block_of(y, block, count, 16, OUT, BLOCK)
-        tl.store(at, product(hidden, tl.trans(last_weights), PRECISION), mask=exists)
+        rows = load_block(x, block, count, IN, IN, BLOCK)
+        hidden = layers(rows, first_weights, second_weights, DEEP, PRECISION)[1]
+        store_block(y, product(hidden, tl.trans(last_weights), PRECISION), block, count, 16, OUT, BLOCK)
         block += tl.num_programs(0)
 
 
@@ -100,14 +120,9 @@ def value_backward_kernel(
     program = tl.program_id(0)
     block = program
     while block < tl.cdiv(count, BLOCK):
-        at, exists = block_of(x, block, count, IN, IN, BLOCK)
-        rows = tl.load(at, mask=exists, other=0.0)
-        hidden = relu(product(rows, tl.trans(first_weights), PRECISION))
-        before = hidden
-        if DEEP:
-            hidden = relu(product(before, tl.trans(second_weights), PRECISION))
-        at, exists = block_of(grad_y, block, count, 16, OUT, BLOCK)
-        grad = tl.load(at, mask=exists, other=0.0)
+        rows = load_block(x, block, count, IN, IN, BLOCK)
+        before, hidden = layers(rows, first_weights, second_weights, DEEP, PRECISION)
+        grad = load_block(grad_y, block, count, 16, OUT, BLOCK)
         size = size_of(grad, PRECISION)
         grad = grad / size
         to_last += size * product(tl.trans(grad), hidden, PRECISION)
@@ -116,8 +131,7 @@ def value_backward_kernel(
             to_second += size * product(tl.trans(back), before, PRECISION)
             back = tl.where(before > 0.0, product(back, second_weights, PRECISION), 0.0)
         to_first += size * product(tl.trans(back), rows, PRECISION)
-        at, exists = block_of(grad_x, block, count, IN, IN, BLOCK)
-        tl.store(at, size * product(back, first_weights, PRECISION), mask=exists)
+        store_block(grad_x, size * product(back, first_weights, PRECISION), block, count, IN, IN, BLOCK)
         block += tl.num_programs(0)
     sums += program * (WIDTH * IN + (WIDTH * WIDTH if DEEP else 0) + OUT * WIDTH)
     store_sums(sums, to_first, WIDTH, IN, WIDTH)
@@ -146,15 +160,10 @@ def slope_kernel(
     second_weights = matrix(second, WIDTH, WIDTH, WIDTH) if DEEP else 0.0
     block = tl.program_id(0)
     while block < tl.cdiv(count, BLOCK):
-        at, exists = block_of(x, block, count, IN, IN, BLOCK)
-        rows = tl.load(at, mask=exists, other=0.0)
-        before = relu(product(rows, tl.trans(first_weights), PRECISION))
-        hidden = before
-        if DEEP:
-            hidden = relu(product(before, tl.trans(second_weights), PRECISION))
+        rows = load_block(x, block, count, IN, IN, BLOCK)
+        before, hidden = layers(rows, first_weights, second_weights, DEEP, PRECISION)
         lower = slopes(hidden, before, second_weights, last_row, DEEP, PRECISION)[1]
-        at, exists = block_of(slope, block, count, IN, IN, BLOCK)
-        tl.store(at, product(lower, first_weights, PRECISION), mask=exists)
+        store_block(slope, product(lower, first_weights, PRECISION), block, count, IN, IN, BLOCK)
         index = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
         tl.store(y + index, tl.sum(hidden * last_row, axis=1), mask=index < count)
         block += tl.num_programs(0)
@@ -187,24 +196,17 @@ def slope_backward_kernel(
     block = program
     while block < tl.cdiv(count, BLOCK):
         index = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        at, exists = block_of(x, block, count, IN, IN, BLOCK)
-        rows = tl.load(at, mask=exists, other=0.0)
-        before = relu(product(rows, tl.trans(first_weights), PRECISION))
-        hidden = before
-        if DEEP:
-            hidden = relu(product(before, tl.trans(second_weights), PRECISION))
+        rows = load_block(x, block, count, IN, IN, BLOCK)
+        before, hidden = layers(rows, first_weights, second_weights, DEEP, PRECISION)
         upper, lower = slopes(hidden, before, second_weights, last_row, DEEP, PRECISION)
         move = tl.zeros([BLOCK, IN], dtype=kind)
         if SLOPES:
-            at, exists = block_of(grad_slope, block, count, IN, IN, BLOCK)
-            move += tl.load(at, mask=exists, other=0.0)
+            move += load_block(grad_slope, block, count, IN, IN, BLOCK)
         if VALUES:
             grad = tl.load(grad_y + index, mask=index < count, other=0.0)[:, None]
             move += grad * rows
-            at, exists = block_of(slope, block, count, IN, IN, BLOCK)
-            across = grad * tl.load(at, mask=exists, other=0.0)
-            at, exists = block_of(grad_x, block, count, IN, IN, BLOCK)
-            tl.store(at, across, mask=exists)
+            across = grad * load_block(slope, block, count, IN, IN, BLOCK)
+            store_block(grad_x, across, block, count, IN, IN, BLOCK)
         size = size_of(move, PRECISION)
         move = move / size
         to_first += size * product(tl.trans(lower), move, PRECISION)
