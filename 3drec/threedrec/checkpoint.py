@@ -20,6 +20,8 @@ from threedrec.files import atomic_path
 
 FORMAT = "3drec-checkpoint-1"
 LAST = "last.ckpt"
+PREPARE = "prepare"
+"""The stage before all others; its checkpoint holds nothing that a run has to be continued for."""
 SECONDS_BETWEEN = 30.0
 """Besides every N steps, a checkpoint is due when the last one is this old: CPU steps may take seconds."""
 

@@ -125,8 +125,10 @@ def process_seconds() -> float | None:
 
 
 def _discard_unbegun(run_dir: Path, kept: set[Path]) -> None:
-    """Remove what a run left that ended before its first checkpoint, but nothing that was there before (``kept``)."""
-    if any((run_dir / CHECKPOINTS).glob("[!.]*")):
+    """Remove what a run left that ended before its first stage was under way; what was there before is ``kept``."""
+    from threedrec.checkpoint import PREPARE, load_checkpoint
+
+    if any(load_checkpoint(path).stage != PREPARE for path in (run_dir / CHECKPOINTS).glob("[!.]*")):
         return
     for path in set(run_dir.iterdir()) - kept:
         if path.is_dir():

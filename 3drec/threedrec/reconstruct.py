@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from threedrec.checkpoint import CheckpointKeeper, load_checkpoint, load_model
+from threedrec.checkpoint import PREPARE, CheckpointKeeper, load_checkpoint, load_model
 from threedrec.config_schema import ExperimentConfig, SystemConfig
 from threedrec.distillation import DISTILLATION
 from threedrec.host import Host, Interrupted
@@ -116,7 +116,7 @@ class Reconstruction:
         metrics, waited = MetricsFile(self.run_dir / "metrics.json"), self.host.startup_seconds()
         startup = None if waited is None else stage_numbers(waited, self.device)
         # No `metrics.stage`: it would leave a file in the folder of a run that was refused.
-        timer = StageTimer(metrics, "prepare", self.device, resumed=self.config.resume is not None)
+        timer = StageTimer(metrics, PREPARE, self.device, resumed=self.config.resume is not None)
         run = self._open(metrics, logs=True)
         save_support_view(run.support, run.save_dir / "input.png")
         if run.resumed is None and self.config.trainer.num_sanity_val_steps > 0:
@@ -125,7 +125,7 @@ class Reconstruction:
             metrics.update({"stages.startup": startup})
         timer.flush()
         if run.resumed is None:
-            run.runner.save("prepare", 0)
+            run.runner.save(PREPARE, 0)
         return run
 
     def _open(self, metrics: MetricsFile | None = None, logs: bool = False) -> Run:

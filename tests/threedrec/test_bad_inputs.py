@@ -396,3 +396,19 @@ def test_the_script_itself(repository, tmp_path):
     done = subprocess.run([*command, *values], cwd=repository / "3drec", capture_output=True, text=True)
     assert done.returncode == 2, done.stderr
     assert done.stderr.splitlines()[-1].startswith(f"error: {image}: the image is damaged or cut short")
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (
+            "system.guidance.pretrained_config=a.yaml",
+            "system.guidance.pretrained_config: goes with a released checkpoint",
+        ),
+        ("system.guidance.pose_convention=released-sampling", "model knows training alone"),
+    ],
+)
+def test_a_guidance_that_is_refused_leaves_no_run_behind(launch, tmp_path, option, words):
+    (tmp_path / "a.yaml").touch()
+    assert words in launch(option)
+    assert not list(tmp_path.glob("outputs/*/*"))
