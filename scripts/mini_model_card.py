@@ -67,9 +67,9 @@ image encoder are stored in eight bits.
 
 ## Data
 
-* {train_count} meshes, rendered from 20 or 40 views each, mirrored and recoloured in training; BlendSwap, Scopia,
-  KatorLegaz and Reallusion are libraries of the Debian package sweethome3d-furniture 1.8-1, of which {val_count} other
-  meshes serve only for validation:
+* {train_count} meshes, rendered from 20 or 40 views each, and bent into other shapes from 10 (`--variants`);
+  mirrored and recoloured in training. BlendSwap, Scopia, KatorLegaz and Reallusion are libraries of the Debian package
+  sweethome3d-furniture 1.8-1, of which {val_count} other meshes serve only for validation:
 {attribution}
   Conversion to OBJ by Emmanuel Puybaret / eTeks (Sweet Home 3D). Changes: converted to GLB, decimated, textures shrunk,
   thin glass removed, scaled, rendered, recoloured. CC-BY 3.0: https://creativecommons.org/licenses/by/3.0/
