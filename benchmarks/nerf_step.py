@@ -2,6 +2,7 @@
 
     python benchmarks/nerf_step.py                 all rows, added to benchmarks/results/nerf_step.jsonl
     python benchmarks/nerf_step.py --no-save       only print
+    python benchmarks/nerf_step.py system.geometry.mlp_network_config.precision=tf32
     python benchmarks/nerf_step.py --no-save --profile      and the kernels of a step, longest first
     python benchmarks/nerf_step.py --device cpu --rays 64 --samples 32 --repeats 1        tiny, to try the script
 
@@ -55,6 +56,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--no-save", action="store_true", help="only print")
     parser.add_argument("--profile", action="store_true", help="also print the longest kernels of a step")
+    parser.add_argument("overrides", nargs="*", help="key=value for all recipes, as for launch.py")
     return parser.parse_args()
 
 
@@ -64,6 +66,7 @@ def load(recipe: str, args: argparse.Namespace) -> ExperimentConfig:
     if args.samples:
         changes += [f"system.renderer.num_samples_per_ray={args.samples}", "system.renderer.occupancy_resolution=32"]
         changes += ["system.geometry.pos_encoding_config.log2_hashmap_size=14"]
+    changes += args.overrides
     return load_config(str(ROOT / "configs" / "nvsadapter.yaml"), changes, device_type=torch.device(args.device).type)
 
 
@@ -212,6 +215,7 @@ def main() -> None:
     if not args.no_save:
         origin = {"date": records.now(), "machine": records.machine(args.device)}
         origin |= {"versions": records.versions(("torch",)), "rays": args.rays, "samples_per_ray": args.samples}
+        origin |= {"overrides": args.overrides}
         records.append(args.out, "nerf_step.jsonl", (origin | row for row in rows))
 
 
