@@ -174,7 +174,7 @@ def record(config: ExperimentConfig, run_dir: Path, folder: Path) -> dict[str, A
         "by_resolution": resolutions,
         "stages": stages,
         "device": metrics["device"],
-        "model": metrics.get("model", ""),
+        "model": metrics.get("model", "").replace(f"{folder}/", ""),
     }
 
 

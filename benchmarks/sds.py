@@ -214,7 +214,8 @@ def measure_run(args: argparse.Namespace) -> list[dict[str, Any]]:
             "finite": finite,
             "smallest_gradient_norm": min(norms, default=0.0),
             "has_mesh": has_mesh,
-            **{key: metrics[key] for key in ("device", "recipe", "model", "stages")},
+            **{key: metrics[key] for key in ("device", "recipe", "stages")},
+            "model": metrics["model"].replace(f"{scratch}/", ""),
             "passed": finite
             and has_mesh
             and len(norms) >= args.steps

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from huggingface_hub.errors import StrictDataclassError
@@ -53,7 +53,7 @@ class NVSModelConfig:
     nearer to the mean of the views that the model thinks possible, with fewer wrong details and softer ones."""
 
     @property
-    def family(self) -> str:
+    def family(self) -> Literal["mini", "released"]:
         """``mini`` or ``released``, the keys of `sampling_defaults`."""
         return "released" if self.unconditional_support == "noise" else "mini"
 

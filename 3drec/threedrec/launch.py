@@ -84,9 +84,9 @@ def run_job(job: Job) -> Path:
     logger.info("%s on %s, results in %s", job.mode, device, run_dir)
     try:
         _work(job.mode, config, run_dir, device)
-    except InputError:
-        if job.mode == "train" and config.resume is None:
-            _discard_unbegun(run_dir, there_before)
+    except InputError as error:
+        if job.mode == "train" and config.resume is None and not _has_begun(run_dir, error):
+            _discard(run_dir, there_before)
         raise
     return run_dir
 
@@ -124,12 +124,21 @@ def process_seconds() -> float | None:
         return None
 
 
-def _discard_unbegun(run_dir: Path, kept: set[Path]) -> None:
-    """Remove what a run left that ended before its first stage was under way; what was there before is ``kept``."""
+def _has_begun(run_dir: Path, error: InputError) -> bool:
+    """Whether a run that ended with ``error`` left more than preparations: a diverged one has logs to look at."""
     from threedrec.checkpoint import PREPARE, load_checkpoint
+    from threedrec.loop import DivergenceError
 
-    if any(load_checkpoint(path).stage != PREPARE for path in (run_dir / CHECKPOINTS).glob("[!.]*")):
-        return
+    if isinstance(error, DivergenceError):
+        return True
+    try:
+        return any(load_checkpoint(path).stage != PREPARE for path in (run_dir / CHECKPOINTS).glob("[!.]*"))
+    except InputError:
+        return True
+
+
+def _discard(run_dir: Path, kept: set[Path]) -> None:
+    """Remove what a run left, but nothing that was there before it (``kept``)."""
     for path in set(run_dir.iterdir()) - kept:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

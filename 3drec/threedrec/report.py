@@ -184,8 +184,8 @@ def _depth_range(depth: Tensor, seen: Tensor) -> tuple[float, float]:
     return float(near), float(far)
 
 
-def _depth_colors(depth: Tensor, depth_range: tuple[float, float]) -> Tensor:
-    near, far = depth_range
+def _depth_colors(depth: Tensor, near_far: tuple[float, float]) -> Tensor:
+    near, far = near_far
     anchors = torch.tensor(_DEPTH_ANCHORS, device=depth.device)
     place = ((depth - near) / max(far - near, 1e-6)).nan_to_num(0.0).clamp(0.0, 1.0) * (len(anchors) - 1)
     low = place.long().clamp(max=len(anchors) - 2).squeeze(-1)

@@ -206,23 +206,16 @@ def render_split(
         the name of each object when it is done.
 
     Raises:
-        InputError: the index or a mesh cannot be read.
+        InputError: the index or a mesh cannot be read, or ``variants`` is negative or asked for with ``validation``.
     """
-    entries = read_index(meshes)[:limit]
+    shapes = _shapes(read_index(meshes)[:limit], variants, validation)
     staging = output.with_suffix("")
     staging.mkdir(parents=True, exist_ok=True)
+    options: dict[str, Any] = {"views_per_object": views, "size": size, "quality": quality, "seed": seed}
     work: Callable[[dict[str, Any], int], str] = partial(
-        render_object,
-        meshes=meshes,
-        staging=staging,
-        validation=validation,
-        views_per_object=views,
-        size=size,
-        quality=quality,
-        seed=seed,
+        render_object, meshes=meshes, staging=staging, validation=validation, **options
     )
     names = []
-    shapes = list(product(entries, range(1, variants + 1) if variants else [0]))
     if processes == 1:
         for shape in shapes:
             names.append(work(*shape))
@@ -233,6 +226,15 @@ def render_split(
                 names.append(name)
                 yield name
     pack(staging, names, output)
+
+
+def _shapes(entries: list[dict[str, Any]], variants: int, validation: bool) -> list[tuple[dict[str, Any], int]]:
+    """Every mesh with the numbers of its variants; 0 is the mesh itself."""
+    if variants < 0:
+        raise InputError(f"variants: must be 0 or more, got {variants}")
+    if variants and validation:
+        raise InputError("variants: validation views show the meshes themselves; leave one of the two out")
+    return list(product(entries, range(1, variants + 1) if variants else [0]))
 
 
 def pack(folder: Path, names: list[str], output: Path) -> None:

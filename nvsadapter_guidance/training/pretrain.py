@@ -50,8 +50,6 @@ class Pretraining:
     """Augmented copies of every object kept as latents."""
     procedural_share: float = 0.15
     """Share of the objects of a batch that are procedural (when a second bank is given)."""
-    timestep_shift: float = 1.0
-    """Above 1, more of the training happens at strong noise, where shapes are decided; see `draw_timesteps`."""
     ema_decay: float = 0.999
     seed: int = 0
     compile: bool = True
@@ -199,29 +197,12 @@ class DiffusionLoss(nn.Module):
         return F.mse_loss(prediction.float(), target, reduction="none").mean(dim=(1, 2, 3, 4))
 
 
-def draw_timesteps(
-    count: int, num_train_timesteps: int, generator: torch.Generator, shift: float = 1.0
-) -> Int[Tensor, " B"]:
-    """Draw the timesteps of a batch on the generator's device.
-
-    Uniform numbers u become s u / (1 + (s - 1) u) (Esser et al. 2024, equation 23, there for another purpose): uniform
-    for a ``shift`` of 1, and with a median of s / (1 + s) in general.
-    """
-    device = generator.device
-    # Stratified over the batch: the same distribution with less noise in the gradient.
-    order = torch.randperm(count, generator=generator, device=device)
-    strata = (order + torch.rand(count, generator=generator, device=device)) / count
-    shifted = shift * strata / (1.0 + (shift - 1.0) * strata)
-    return (shifted * num_train_timesteps).long().clamp(max=num_train_timesteps - 1)
-
-
 def random_losses(
     loss: Callable[..., Tensor],
     model: NVSModel,
     batch: dict[str, Tensor],
     generator: torch.Generator,
     condition_dropout: float,
-    timestep_shift: float = 1.0,
 ) -> Float[Tensor, " B"]:
     """Losses of a batch of :meth:`LatentBank.draw` at random timesteps, noise and unconditional samples.
 
@@ -229,12 +210,15 @@ def random_losses(
         loss: a `DiffusionLoss`, compiled or not; on CUDA it computes in bfloat16.
         generator: on the model's device.
         condition_dropout: share of samples that are unconditional.
-        timestep_shift: of `draw_timesteps`.
     """
     device, latents = model.device, batch["latents"]
     count = len(latents)
     noise = torch.randn(latents[:, 1:].shape, generator=generator, device=device)
-    timesteps = draw_timesteps(count, model.schedule.num_train_timesteps, generator, timestep_shift)
+    # Stratified over the batch: the same distribution with less noise in the gradient.
+    order = torch.randperm(count, generator=generator, device=device)
+    strata = (order + torch.rand(count, generator=generator, device=device)) / count
+    last = model.schedule.num_train_timesteps - 1
+    timesteps = (strata * (last + 1)).long().clamp(max=last)
     ucg_mask = torch.rand(count, generator=generator, device=device) < condition_dropout
     rays = model.ray_embedding(batch["azimuth"], batch["elevation"], batch["distance"])
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -292,11 +276,9 @@ class Pretrainer:
 
     def train_step(self) -> Tensor:
         """One update; returns the loss of the batch, still on the device."""
-        config = self.config
-        losses = random_losses(
-            self.compiled, self.model, self.draw(), self.generator, config.condition_dropout, config.timestep_shift
-        )
-        loss = losses.mean()
+        loss = random_losses(
+            self.compiled, self.model, self.draw(), self.generator, self.config.condition_dropout
+        ).mean()
         for optimiser in self.optimisers:
             optimiser.zero_grad(set_to_none=True)
         loss.backward()
@@ -307,11 +289,11 @@ class Pretrainer:
         self.dropped_in_a_row = 0
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
         factor = self.learning_rate_factor()
-        for optimiser, base in zip(self.optimisers, (config.lr, config.adam_lr), strict=True):
+        for optimiser, base in zip(self.optimisers, (self.config.lr, self.config.adam_lr), strict=True):
             for group in optimiser.param_groups:
                 group["lr"] = base * factor
             optimiser.step()
-        decay = min(config.ema_decay, self.step / (9 + self.step))
+        decay = min(self.config.ema_decay, self.step / (9 + self.step))
         torch._foreach_lerp_(self.ema, [p.detach() for p in self.trained], 1.0 - decay)
         return loss.detach()
 

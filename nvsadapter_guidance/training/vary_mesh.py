@@ -40,19 +40,21 @@ def varied(parts: Sequence[Any], generator: torch.Generator, variation: Variatio
         variation: probabilities and strengths.
     """
     variation = variation or Variation()
-    draw = torch.rand(16, generator=generator, dtype=torch.float64).tolist()
+    # Some to spare: whatever else is drawn one day, the shapes of today stay.
+    draws = torch.rand(16, generator=generator, dtype=torch.float64).tolist()
+    tapers, taper, twists, twist, ripples, size, frequency, *phases = draws[:10]
     factors = np.exp(variation.stretch * torch.randn(3, generator=generator, dtype=torch.float64).numpy())
     bent = [part.copy() for part in parts]
     points = np.concatenate([np.asarray(part.vertices) for part in parts])
     centre, scale = fitting(points, "sphere")
     points = (points - centre) * scale * factors
     points = points / np.abs(points).max() / 2.0
-    if draw[0] < variation.taper:
-        points = tapered(points, draw[1] - 0.5)
-    if draw[2] < variation.twist:
-        points = twisted(points, math.radians(120.0 * draw[3] - 60.0))
-    if draw[4] < variation.ripple:
-        points = rippled(points, variation.ripple_size * draw[5], 4.0 + 8.0 * draw[6], np.array(draw[7:10]))
+    if tapers < variation.taper:
+        points = tapered(points, taper - 0.5)
+    if twists < variation.twist:
+        points = twisted(points, math.radians(120.0 * twist - 60.0))
+    if ripples < variation.ripple:
+        points = rippled(points, variation.ripple_size * size, 4.0 + 8.0 * frequency, np.array(phases))
     centre, scale = fitting(points, "sphere")
     points = (points - centre) * scale
     start = 0

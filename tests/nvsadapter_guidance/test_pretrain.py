@@ -21,7 +21,6 @@ from nvsadapter_guidance.training.pretrain import (
     FIRST_AND_LAST,
     Pretrainer,
     Pretraining,
-    draw_timesteps,
     encode_banks,
     settle_gradients,
 )
@@ -240,14 +239,3 @@ def test_silhouettes_are_what_is_not_white() -> None:
     image = torch.ones(1, 3, 4, 4)
     image[0, 1, 2, 3] = 0.5
     assert silhouette(image).nonzero().tolist() == [[0, 2, 3]]
-
-
-def test_shifted_timesteps_stay_stratified() -> None:
-    generator = torch.Generator().manual_seed(0)
-    plain = draw_timesteps(100, 1000, generator).sort().values
-    assert (plain // 10).tolist() == list(range(100))
-    shifted = draw_timesteps(1000, 1000, generator, 3.0).float()
-    assert shifted.median() == pytest.approx(750, abs=2)
-    assert (
-        shifted.min() >= 0 and shifted.max() <= 999 and (shifted > 900).float().mean() == pytest.approx(0.25, abs=0.01)
-    )

@@ -14,6 +14,7 @@ from nvsadapter_guidance.training.mesh_dataset import (
     object_generator,
     read_index,
     render_split,
+    shape_of,
     tile,
     training_views,
     untile,
@@ -178,17 +179,28 @@ def test_a_split_is_rendered_packed_and_resumed(tmp_path, cube):
     assert about["creator"] == "us" and about["licence"] == "CC0-1.0"
 
 
-def test_a_split_of_bent_shapes(tmp_path, cube):
+def test_a_split_of_bent_shapes(tmp_path, cube, renderer):
     pytest.importorskip("vtk")
     folder = tmp_path / "meshes"
     folder.mkdir()
     (folder / "a.glb").write_bytes(cube.read_bytes())
     (folder / "index.json").write_text(json.dumps([{"file": "a.glb"}]))
     assert list(render_split(folder, tmp_path / "bent.tar", views=5, size=32, variants=2)) == ["a-1", "a-2"]
-    assert list(render_split(folder, tmp_path / "own.tar", views=5, size=32)) == ["a"]
-    bent, own = load_tar(tmp_path / "bent.tar"), load_tar(tmp_path / "own.tar")
-    areas = [(views[..., 3] > 127).sum() for views in (bent.rgba[0], bent.rgba[1], own.rgba[0])]
-    assert len(set(map(int, areas))) == 3
+    bank = load_tar(tmp_path / "bent.tar")
+    for index in (0, 1):
+        cameras = training_views(object_generator(f"a-{index + 1}"), 5)
+        areas = []
+        for variant in (index + 1, 0):
+            renderer.show(shape_of(folder / "a.glb", variant), cameras.scale)
+            areas.append(float(renderer.render_all(cameras.cameras)[..., 3].float().sum()))
+        # The renderer's views are larger; a cube that was not bent covers another share of them.
+        share = float(bank.rgba[index, ..., 3].float().mean()) * (renderer.size**2 * 5)
+        assert share == pytest.approx(areas[0], rel=0.02) and abs(areas[0] - areas[1]) > 0.03 * areas[1]
+    with pytest.raises(InputError, match="variants: must be 0 or more, got -1"):
+        list(render_split(folder, tmp_path / "no.tar", variants=-1))
+    with pytest.raises(InputError, match="variants: validation views show the meshes themselves"):
+        list(render_split(folder, tmp_path / "no.tar", variants=1, validation=True))
+    assert not (tmp_path / "no").exists()
 
 
 def test_bad_input_is_named(tmp_path, renderer):

@@ -5,10 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from threedrec.checkpoint import Checkpoint, save_checkpoint
 from threedrec.config_schema import ExperimentConfig
 from threedrec.errors import InputError
-from threedrec.launch import choose_device, ensure_writable, newest_checkpoint, open_run
+from threedrec.launch import _has_begun, choose_device, ensure_writable, newest_checkpoint, open_run
 from threedrec.lookup import find_path, output_root, repository_root
+from threedrec.loop import DivergenceError
 
 as_root = pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 
@@ -189,3 +191,15 @@ def test_lookup_from_the_folder_below(repository, monkeypatch, tmp_path):
     assert output_root("./outputs") == Path("outputs")
     (tmp_path / "LICENSE").write_text("")
     assert find_path("LICENSE") == Path("LICENSE")
+
+
+def test_a_run_has_begun_when_it_diverged_or_left_the_checkpoint_of_a_stage(tmp_path):
+    (tmp_path / "ckpts").mkdir()
+    refused, diverged = InputError("guidance: no"), DivergenceError("stage fit, step 0: the loss is not finite")
+    assert _has_begun(tmp_path, diverged) and not _has_begun(tmp_path, refused)
+    save_checkpoint(tmp_path / "ckpts" / "last.ckpt", Checkpoint("prepare", 0))
+    assert not _has_begun(tmp_path, refused)
+    save_checkpoint(tmp_path / "ckpts" / "fit-000010.ckpt", Checkpoint("fit", 10))
+    assert _has_begun(tmp_path, refused)
+    (tmp_path / "ckpts" / "fit-000010.ckpt").write_bytes(b"damaged")
+    assert _has_begun(tmp_path, refused)
