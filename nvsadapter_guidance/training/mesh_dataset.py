@@ -131,6 +131,23 @@ def _write(path: Path, content: bytes) -> None:
     partial_path.replace(path)
 
 
+def keep_settings(path: Path, values: dict[str, Any]) -> None:
+    """Record in ``path`` the options with which its folder is filled, and refuse to mix.
+
+    Raises:
+        InputError: the folder was filled with others, or what it says of them cannot be read.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        earlier = json.loads(path.read_text()) if path.exists() else values
+    except ValueError as error:
+        raise InputError(f"{path}: not a JSON file ({error}); delete it or choose another folder") from error
+    if earlier != values:
+        changed = [key for key in values if not isinstance(earlier, dict) or earlier.get(key) != values[key]]
+        raise InputError(f"{path.parent}: was rendered with another {', '.join(changed)}; choose another folder")
+    _write(path, json.dumps(values, indent=1).encode())
+
+
 _window = cache(MeshRenderer)  # one per process: opening one takes a second
 
 
@@ -206,12 +223,14 @@ def render_split(
         the name of each object when it is done.
 
     Raises:
-        InputError: the index or a mesh cannot be read, or ``variants`` is negative or asked for with ``validation``.
+        InputError: the index or a mesh cannot be read, ``variants`` is negative or asked for with ``validation``, or
+            the folder of finished objects holds views of other options.
     """
     shapes = _shapes(read_index(meshes)[:limit], variants, validation)
     staging = output.with_suffix("")
-    staging.mkdir(parents=True, exist_ok=True)
     options: dict[str, Any] = {"views_per_object": views, "size": size, "quality": quality, "seed": seed}
+    # No mesh has a name that begins with a dot.
+    keep_settings(staging / ".render.json", {"validation": validation, **options})
     work: Callable[[dict[str, Any], int], str] = partial(
         render_object, meshes=meshes, staging=staging, validation=validation, **options
     )

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from nvsadapter_guidance.errors import InputError
-from nvsadapter_guidance.training.mesh_dataset import object_generator
+from nvsadapter_guidance.training.mesh_dataset import keep_settings, object_generator
 from nvsadapter_guidance.training.mesh_files import FITS, Fit, load_parts
 from nvsadapter_guidance.training.render_meshes import Camera, MeshRenderer
 from nvsadapter_guidance.training.render_torch import TorchMeshRenderer
@@ -113,7 +113,7 @@ def render_folder(
     Raises:
         InputError: VTK is asked for and missing, or the folder holds views of other options.
     """
-    _keep_settings(output, options)
+    keep_settings(output / SETTINGS_FILE, asdict(options))
     outcomes = []
     work = partial(_render_one, output=output, options=options)
     if processes == 1:
@@ -142,20 +142,6 @@ def open_renderer(kind: RendererName, size: int, supersample: int) -> Renderer:
     if kind == "torch":
         return TorchMeshRenderer(size, supersample, "cuda" if torch.cuda.is_available() else "cpu")
     return MeshRenderer(size, supersample)
-
-
-def _keep_settings(output: Path, options: RenderOptions) -> None:
-    """Record the options with which a folder is filled, and refuse to mix."""
-    path, values = output / SETTINGS_FILE, asdict(options)
-    output.mkdir(parents=True, exist_ok=True)
-    try:
-        earlier = json.loads(path.read_text()) if path.exists() else values
-    except ValueError as error:
-        raise InputError(f"{path}: not a JSON file ({error}); delete it or choose another folder") from error
-    if earlier != values:
-        changed = [key for key in values if not isinstance(earlier, dict) or earlier.get(key) != values[key]]
-        raise InputError(f"{output}: was rendered with another {', '.join(changed)}; choose another folder")
-    _write_json(path, values)
 
 
 _window = cache(open_renderer)  # one per process: opening one takes a second

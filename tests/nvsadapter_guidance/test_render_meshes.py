@@ -175,6 +175,9 @@ def test_a_split_is_rendered_packed_and_resumed(tmp_path, cube):
     (folder / "a.glb").unlink()  # finished objects are not touched again
     assert list(render_split(folder, output, validation=True, size=32)) == ["a", "b"]
     assert output.read_bytes() == first
+    with pytest.raises(InputError, match="val: was rendered with another size; choose another folder"):
+        list(render_split(folder, output, validation=True, size=16))
+    assert output.read_bytes() == first
     about = json.loads((tmp_path / "val" / "b.json").read_text())
     assert about["creator"] == "us" and about["licence"] == "CC0-1.0"
 
