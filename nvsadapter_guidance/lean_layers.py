@@ -91,19 +91,23 @@ class _Convolution(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]
     ) -> Tensor:
         ctx.save_for_backward(weight)
-        ctx.shape, ctx.stride, ctx.padding = x.shape, stride, padding
+        ctx.size, ctx.stride, ctx.padding = x.shape[-2:], stride, padding
         return F.conv2d(x, weight, bias, stride, padding)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        shape_alone = gradient.new_empty(1).expand(ctx.shape)
-        found = torch.ops.aten.convolution_backward(
-            gradient, shape_alone, weight, None, ctx.stride, ctx.padding, (1, 1), False, (0, 0), 1,
-            (True, False, False),
-        )  # fmt: skip
-        return found[0], None, None, None, None
+        # Rows and columns at the far end that the stride leaves out. (`aten.convolution_backward` gives the same, but
+        # has cuDNN's input laid out in memory first, even where nothing of it is read.)
+        left_over = [
+            size + 2 * pad - kernel - (out - 1) * step
+            for size, pad, kernel, out, step in zip(
+                ctx.size, ctx.padding, weight.shape[-2:], gradient.shape[-2:], ctx.stride, strict=True
+            )
+        ]
+        found = F.conv_transpose2d(gradient, weight, None, ctx.stride, ctx.padding, left_over)
+        return found, None, None, None, None
 
 
 class _Sum(torch.autograd.Function):

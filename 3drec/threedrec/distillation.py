@@ -38,12 +38,14 @@ class Distillation:
         run.scene.renderer.update(run.fit_steps + index, generator)
         reference, guided = turn(freq, index)
         results = []
+        # Samples are counted before the guidance is at work, so that its kernels run while the host prepares the rest.
+        sight = self.supervision.sight(self._support(index), generator) if reference else None
         if guided:
             cameras = self.sampler(index, generator)
             result, rgb = self.supervision.guidance(self.guidance, cameras, index, generator)
             results.append(result)
         if reference:
-            results.append(self.supervision.reference(self._support(index), index, generator))
+            results.append(self.supervision.reference(self._support(index), index, generator, sight))
         if self.view_fit is not None:
             result = self.view_fit(1.0, generator)
             results.append(StepResult(self.keep_weight * result.loss, result.terms))

@@ -5,6 +5,7 @@ Every function returns terms by name, not yet weighted; `weigh` adds them up.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -19,6 +20,7 @@ from threedrec.image import SupportView
 from threedrec.loop import StepResult
 from threedrec.losses import LossConfig
 from threedrec.rendering import RenderOutput
+from threedrec.rendering.marching import Intervals
 from threedrec.scene import Scene
 from threedrec.schedules import value_at
 from threedrec.warm_start import ViewSet, WarmStartConfig
@@ -42,6 +44,16 @@ def joined(*results: StepResult) -> StepResult:
     return StepResult(sum((result.loss for result in results[1:]), results[0].loss), terms)
 
 
+class Sight(NamedTuple):
+    """What of the photograph is looked at in a step, and along which samples."""
+
+    pick: tuple[slice, slice]
+    """Rows and columns of pixels."""
+    rays_o: Float[Tensor, "1 h w 3"]
+    rays_d: Float[Tensor, "1 h w 3"]
+    intervals: Intervals
+
+
 @dataclass
 class Supervision:
     """Renders the scene under the losses of one config."""
@@ -54,8 +66,8 @@ class Supervision:
     ref_rays: int = 0
     """See `SystemConfig.ref_rays`."""
 
-    def reference(self, support: SupportView, step: int, generator: torch.Generator) -> StepResult:
-        """The photograph's colour, mask, depth and normals against the scene's, and the surface's regularity.
+    def sight(self, support: SupportView, generator: torch.Generator) -> Sight:
+        """Choose pixels of the photograph and sample their rays.
 
         With ``ref_rays`` a regular grid of about that many pixels is looked at, with a random phase; neighbours in it
         are neighbours for the smoothness of normals.
@@ -64,7 +76,21 @@ class Supervision:
         rays_o, rays_d = camera.rays(self.ray_noise, generator)
         pick = _subgrid(camera.height, camera.width, self.ref_rays, generator)
         rays_o, rays_d = (rays[(slice(None), *pick)] for rays in (rays_o, rays_d))
-        out = self._render(camera, rays_o, rays_d, step, generator, shading="diffuse", ambient_ratio=1.0)
+        intervals = self.scene.renderer.sample(rays_o.reshape(-1, 3), rays_d.reshape(-1, 3), generator)
+        return Sight(pick, rays_o, rays_d, intervals)
+
+    def reference(
+        self, support: SupportView, step: int, generator: torch.Generator, sight: Sight | None = None
+    ) -> StepResult:
+        """The photograph's colour, mask, depth and normals against the scene's, and the surface's regularity.
+
+        Args:
+            sight: from :meth:`sight`; to count its samples the host waits for the device, which it may better do before
+                it gives the device other work.
+        """
+        pick, rays_o, rays_d, intervals = sight or self.sight(support, generator)
+        camera = support.camera
+        out = self._render(camera, rays_o, rays_d, step, generator, "diffuse", 1.0, intervals)
         shape = rays_o.shape[:-1]
         mask = support.mask[pick].reshape(-1, 1)
         # The photograph is premultiplied over white; what shows through it is the scene's own background.
@@ -99,6 +125,7 @@ class Supervision:
         generator: torch.Generator,
         shading: str | None,
         ambient_ratio: float,
+        intervals: Intervals | None = None,
     ) -> RenderOutput:
         weights = self.weights
         smooth = (weights.lambda_normal_smooth, weights.lambda_3d_normal_smooth)
@@ -112,6 +139,7 @@ class Supervision:
             shading=shading,
             generator=generator,
             normals=any(value_at(weight, step) > 0 for weight in uses),
+            intervals=intervals,
         )
 
     def _reference_geometry(

@@ -25,9 +25,9 @@ class MLPConfig:
     n_hidden_layers: int = 1
     backend: Literal["auto", "triton", "torch"] = "auto"
     """"triton" (one kernel for all layers, on CUDA), "torch", or "auto": Triton on CUDA where it fits, else PyTorch."""
-    precision: Literal["float32", "tf32", "float16"] = "float32"
+    precision: Literal["float32", "tf32", "float16"] = "tf32"
     """Of the factors in Triton's matrix products; weights and sums are float32. float16 has as many digits as tf32 and
-    is faster, but ends at 65504."""
+    is faster, but ends at 65504. Meshes made with tf32 are no worse than with float32 (docs/performance.md)."""
 
 
 KERNEL_WIDTHS = (16, 32, 64)

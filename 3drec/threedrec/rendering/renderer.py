@@ -167,6 +167,7 @@ class VolumeRenderer(nn.Module):
         generator: torch.Generator | None = None,
         normals: bool = False,
         bg_color: Float[Tensor, "R 3"] | None = None,
+        intervals: Intervals | None = None,
     ) -> RenderOutput:
         """Render rays.
 
@@ -178,10 +179,12 @@ class VolumeRenderer(nn.Module):
             generator: source of sample positions, shading and background draws.
             normals: also return normals.
             bg_color: overrides the background.
+            intervals: what :meth:`sample` has found for these rays, if it was asked before.
         """
         shading = self.material.choose(shading, generator)
         wanted = normals or self.material.requires_normal(shading, ambient_ratio)
-        intervals = self.sample(rays_o, rays_d, generator)
+        if intervals is None:
+            intervals = self.sample(rays_o, rays_d, generator)
         rays = intervals.ray_indices
         dirs, distances = rays_d[rays], intervals.middles[:, None]
         points = rays_o[rays] + distances * dirs
