@@ -60,6 +60,20 @@ def test_a_convolution_keeps_nothing_but_its_weights() -> None:
     torch.testing.assert_close(y, layer(x))
 
 
+@pytest.mark.parametrize("size", [(8, 9), (9, 8), (7, 7)])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 0), (3, 2, 1), (1, 1, 0), (3, (1, 2), (0, 1))]
+)
+def test_the_gradient_of_a_frozen_convolution(kernel: Any, stride: Any, padding: Any, size: tuple[int, int]) -> None:
+    layer = nn.Conv2d(4, 6, kernel, stride, padding).double().requires_grad_(False)
+    x = draw(2, 4, *size).requires_grad_()
+    found, expected = lean_layers.convolve(x, layer, with_bias=True), layer(x)
+    torch.testing.assert_close(found, expected)
+    upstream = draw(*expected.shape, seed=2)
+    gradients = [torch.autograd.grad(y, x, upstream)[0] for y in (found, expected)]
+    torch.testing.assert_close(*gradients, atol=1e-12, rtol=1e-12)
+
+
 def test_unets_of_other_kinds_are_left_alone() -> None:
     unet: Any = tiny_nvs_model().network.unet
     assert lean_unet.can_run_lean(unet)
