@@ -2,7 +2,9 @@
 
 import contextlib
 import ctypes
+import functools
 import gc
+import importlib.metadata
 import logging
 import os
 import sys
@@ -73,13 +75,18 @@ def quick_imports() -> Iterator[None]:
     """Import without looking for garbage: modules make a million objects that stay, and no garbage.
 
     What is there at the end is left out of later searches too, which an optimisation loop would otherwise pay for.
+    Inside, packages are listed once: diffusers and transformers each ask for all that are installed, which takes a
+    second where many are.
     """
     if _HEAVY in sys.modules or not gc.isenabled():
         yield
         return
     gc.disable()
+    listing = importlib.metadata.packages_distributions
+    importlib.metadata.packages_distributions = functools.cache(listing)
     try:
         yield
     finally:
+        importlib.metadata.packages_distributions = listing
         gc.freeze()
         gc.enable()

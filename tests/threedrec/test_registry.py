@@ -55,12 +55,25 @@ def test_entry_points_are_loaded_when_asked_for(monkeypatch):
         EntryPoint("exporter.mine", f"{__name__}:Plugin", registry.ENTRY_POINT_GROUP),
         EntryPoint("exporter.broken", "no_such_module:Thing", registry.ENTRY_POINT_GROUP),
     ]
-    monkeypatch.setattr(registry, "entry_points", lambda group: points)
+    monkeypatch.setattr(registry, "_entry_points", lambda path: points)
     monkeypatch.setitem(sys.modules, __name__, sys.modules[__name__])
     assert registry.known_names("exporter") == ["broken", "mesh-exporter", "mine"]
     assert registry.find("exporter", "mine").__name__ == "Plugin"
     with pytest.raises(InputError, match="no_such_module"):
         registry.find("exporter", "broken")
+
+
+def test_packages_are_read_once_until_the_path_changes(monkeypatch):
+    asked = []
+    monkeypatch.setattr(registry, "entry_points", lambda group: asked.append(group) or [])
+    registry._entry_points.cache_clear()
+    for kind in registry.KINDS:
+        registry.known_names(kind)
+    assert asked == [registry.ENTRY_POINT_GROUP]
+    monkeypatch.syspath_prepend("/nowhere")
+    registry.known_names("exporter")
+    assert len(asked) == 2
+    registry._entry_points.cache_clear()
 
 
 def test_a_component_without_config_is_refused():

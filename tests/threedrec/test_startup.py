@@ -1,4 +1,5 @@
 import gc
+import importlib.metadata
 import os
 import sys
 
@@ -21,6 +22,16 @@ def test_imports_are_not_searched_for_garbage(monkeypatch: pytest.MonkeyPatch) -
         assert not gc.isenabled()
         kept = [[] for _ in range(100)]
     assert gc.isenabled() and gc.get_freeze_count() >= len(kept)
+
+
+def test_installed_packages_are_listed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "diffusers", raising=False)
+    listing = importlib.metadata.packages_distributions
+    with quick_imports():
+        first = importlib.metadata.packages_distributions()
+        assert importlib.metadata.packages_distributions() is first
+        assert "torch" in first
+    assert importlib.metadata.packages_distributions is listing
 
 
 def test_a_later_job_leaves_the_collector_alone(monkeypatch: pytest.MonkeyPatch) -> None:
