@@ -54,6 +54,7 @@ PATHS: dict[str, list[str]] = {
         "system.geometry.mlp_network_config.backend=torch",
         "system.geometry.mlp_network_config.precision=float32",
         "system.renderer.backend=torch",
+        "system.renderer.normal_perturb_stride=1",
         "system.guidance.graph=off",
         "system.guidance.precision=float32",
         "system.guidance.encoder_precision=float32",

@@ -172,7 +172,9 @@ class Supervision:
         if samples.normal is not None and value_at(weights.lambda_orient, step) > 0:
             terms["orient"] = losses.orient_loss(samples.weights, samples.normal, samples.dirs, out.opacity)
         if samples.normal is not None and samples.normal_perturbed is not None:
-            terms["3d_normal_smooth"] = losses.normal_smooth_3d_loss(samples.normal, samples.normal_perturbed)
+            terms["3d_normal_smooth"] = losses.normal_smooth_3d_loss(
+                samples.normal[samples.perturbed], samples.normal_perturbed
+            )
         return terms
 
 

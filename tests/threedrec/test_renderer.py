@@ -121,6 +121,19 @@ def test_every_parameter_of_the_field_learns_from_colours_and_normals():
         assert parameter.grad is not None and parameter.grad.isfinite().all() and (parameter.grad != 0).any(), name
 
 
+def test_some_samples_have_neighbours_and_others_at_the_next_step():
+    model, rays = build({"return_normal_perturb": True, "normal_perturb_stride": 3}), flat_rays(12)
+    firsts = set()
+    for seed in range(16):
+        samples = model(*rays, generator=torch.Generator().manual_seed(seed), normals=True).samples
+        own, neighbours = samples.normal[samples.perturbed], samples.normal_perturbed
+        assert len(own) == len(neighbours) == pytest.approx(len(samples.normal) / 3, abs=1)
+        # Neighbours are 0.01 away on a ball of radius 0.5, so their normals are almost alike; others' are not.
+        assert (own - neighbours).norm(dim=-1).median() < 0.1 < (own - neighbours.roll(50, 0)).norm(dim=-1).median()
+        firsts.add(samples.perturbed.start)
+    assert firsts == {0, 1, 2}
+
+
 def test_pruning_keeps_the_gradient_of_a_pixel():
     rays_o, rays_d = flat_rays(10)
     gradients = []

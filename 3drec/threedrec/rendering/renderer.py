@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from threedrec.cameras import Cameras
 from threedrec.config_schema import ignored, limited
+from threedrec.draws import host_generator
 from threedrec.errors import InputError
 from threedrec.field.backend import check_backend, use_triton
 from threedrec.field.background import NeuralEnvironmentMap, SolidBackground
@@ -45,8 +46,10 @@ class Samples(NamedTuple):
     points: Float[Tensor, "N 3"]
     dirs: Float[Tensor, "N 3"]
     normal: Float[Tensor, "N 3"] | None
-    normal_perturbed: Float[Tensor, "N 3"] | None
-    """Normals of random neighbours, when ``return_normal_perturb`` is on (training only)."""
+    normal_perturbed: Float[Tensor, "M 3"] | None
+    """Normals of random neighbours of some samples, when ``return_normal_perturb`` is on (training only)."""
+    perturbed: slice
+    """Which samples these are neighbours of."""
     ray_indices: Int[Tensor, " N"]
     distances: Float[Tensor, "N 1"]
     """Of the points from the camera, world units."""
@@ -96,6 +99,8 @@ class VolumeRenderer(nn.Module):
         far_plane: float = 1e10
         return_comp_normal: bool = ignored(False, "normals are rendered whenever a loss asks for them", (True,))
         return_normal_perturb: bool = False
+        normal_perturb_stride: int = 1
+        """One sample in so many has a neighbour, from a random first one on: the same loss in expectation."""
         estimator: str = "occgrid"
         grid_prune: bool = True
         prune_alpha_threshold: bool = True
@@ -114,7 +119,8 @@ class VolumeRenderer(nn.Module):
             check_backend(self.backend, "renderer")
             if self.estimator != "occgrid":
                 raise InputError(f"renderer.estimator: unknown {self.estimator!r}; use occgrid")
-            for name in ("num_samples_per_ray", "eval_chunk_size", "occupancy_resolution", "occupancy_interval"):
+            counts = ("num_samples_per_ray", "eval_chunk_size", "occupancy_resolution", "occupancy_interval")
+            for name in (*counts, "normal_perturb_stride"):
                 if getattr(self, name) < 1:
                     raise InputError(f"renderer.{name}: must be at least 1, got {getattr(self, name)}")
             if self.train_chunk_size < 0:
@@ -193,9 +199,10 @@ class VolumeRenderer(nn.Module):
         lights = None if light_positions is None else light_positions[rays]
         colors = self.material(field.features, points, field.normal, lights, shading, ambient_ratio, generator)
         background = self.background(rays_d, generator) if bg_color is None else bg_color
-        perturbed = None
+        perturbed, some = None, slice(None)
         if field.normal is not None and self.training and self.config.return_normal_perturb:
-            perturbed = self._normal(points + PERTURBATION * _normal_like(points, generator))
+            some = self._some(generator)
+            perturbed = self._normal(points[some] + PERTURBATION * _normal_like(points[some], generator))
         weights, sums = self._sums(field, intervals, distances, colors, len(rays_o))
         samples = Samples(
             weights[:, None],
@@ -204,6 +211,7 @@ class VolumeRenderer(nn.Module):
             dirs,
             field.normal,
             perturbed,
+            some,
             rays,
             distances,
             intervals.lengths[:, None],
@@ -323,6 +331,11 @@ class VolumeRenderer(nn.Module):
 
     def _normal(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, "N 3"]:
         return self._in_parts(lambda part: (self.geometry.normal(part),), points)[0]
+
+    def _some(self, generator: torch.Generator | None) -> slice:
+        """Return the samples whose neighbours are looked at."""
+        stride = self.config.normal_perturb_stride
+        return slice(int(torch.randint(stride, (), generator=host_generator(generator))), None, stride)
 
     def _in_parts(self, function: PointFunction, points: Float[Tensor, "N 3"]) -> tuple[Tensor, ...]:
         if torch.is_grad_enabled():
