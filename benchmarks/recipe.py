@@ -12,6 +12,7 @@ the mean, in which previews and validation are counted too. Every sitting is add
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import sys
@@ -20,7 +21,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import Any, TextIO
 
 import records
 import torch
@@ -59,13 +60,16 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 class Clock:
-    """Listens to a run: the seconds of every iteration, and when the sitting is over."""
+    """Listens to a run: writes the seconds of every iteration, and knows when the sitting is over.
 
-    def __init__(self, limit: float) -> None:
+    Rows are an iteration's number, 1 for the first, and its seconds; the first of a sitting has no beginning and is
+    left out. They are written at once, so that a sitting that is cut short leaves what it measured.
+    """
+
+    def __init__(self, limit: float, rows: TextIO) -> None:
         self._end = time.monotonic() + limit
         self._last: tuple[int, float] | None = None
-        self.seconds: list[tuple[int, float]] = []
-        """Of iterations by their number, 1 for the first; the first of a sitting has no beginning and is left out."""
+        self._rows = rows
 
     def over(self) -> bool:
         """Whether the time is up."""
@@ -78,7 +82,7 @@ class Clock:
             return
         now = time.perf_counter()
         if self._last is not None and self._last[0] == done - 1:
-            self.seconds.append((done, now - self._last[1]))
+            self._rows.write(f"{done},{now - self._last[1]:.6f}\n")
         self._last = done, now
 
 
@@ -103,16 +107,12 @@ def run(args: argparse.Namespace, folder: Path, overrides: Sequence[str], until:
     device = choose_device(records.gpu(args.device))
     config = load_config(args.config, [*values, *overrides, *args.overrides], device_type=device.type)
     run_dir = open_run(config, "train")
-    clock = Clock(args.seconds)
-    host = Host(stop=clock.over, progress=clock.tick, startup_seconds=process_seconds)
-    system = registry.find("system", config.system_type)(config, run_dir, device, host)
-    try:
-        system.train(until)
-    except Interrupted:
-        pass
-    finally:
-        with (folder / "iterations.csv").open("a", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(clock.seconds)
+    with (folder / "iterations.csv").open("a", buffering=1, encoding="utf-8") as rows:
+        clock = Clock(args.seconds, rows)
+        host = Host(stop=clock.over, progress=clock.tick, startup_seconds=process_seconds)
+        system = registry.find("system", config.system_type)(config, run_dir, device, host)
+        with contextlib.suppress(Interrupted):
+            system.train(until)
     return config, run_dir
 
 
