@@ -6,6 +6,7 @@ Every block of the UNet gets one more layer, a residual block and a transformer 
 import copy
 import dataclasses
 import re
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,8 +53,8 @@ def _moved(key: str) -> str:
 
 
 @torch.no_grad()
-def _silence(block: nn.Module, index: int) -> None:
-    """Make layer ``index`` of a block pass on its input."""
+def _silence(block: Any, index: int) -> None:
+    """Make layer ``index`` of one of diffusers' UNet blocks pass on its input."""
     resnet = block.resnets[index]
     _zero(resnet.conv2)
     if resnet.conv_shortcut is not None:
