@@ -33,6 +33,7 @@ from nvsadapter_guidance.guidance import ScoreDistillation
 from nvsadapter_guidance.memory import PLANS
 from nvsadapter_guidance.model import NVSModel
 from nvsadapter_guidance.pipeline import Poses, guided_prediction, query_rays
+from nvsadapter_guidance.ray_patches import positional_features
 from nvsadapter_guidance.sampling import SamplingOptions, sample_latents
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -127,7 +128,8 @@ class Guidance:
         def features(inputs: Mapping[str, Tensor]) -> Tensor:
             query = Poses(inputs["azimuth"], inputs["elevation"], inputs["distance"])
             rays = query_rays(self.model, self.front, query)
-            return torch.cat([f.flatten() for f in adapter.positional_features(rays.flatten(0, 1)).values()])
+            found = positional_features(adapter, rays.flatten(0, 1), self.model.network.unet.conv_in.weight.dtype)
+            return torch.cat([f.flatten() for f in found.values()])
 
         adapter = self.model.network.adapter
         self.model.graphs("conditioning", features, vars(self.grouped), {}, (adapter,))

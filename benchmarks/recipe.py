@@ -3,12 +3,17 @@
     python benchmarks/recipe.py --seconds 500                 go on for about 500 seconds, then keep a checkpoint
     python benchmarks/recipe.py                               go on to the end: turntable and mesh included
     python benchmarks/recipe.py --short                       30 iterations at each resolution, from the first fog on
+    python benchmarks/recipe.py --settled                     the same on a solid ball that does not change
     python benchmarks/recipe.py --short --steps 2 --device cpu --weights mini recipe=mini-cpu     to try the script
 
 Sittings share ``--folder``, which holds the weights (5 GB, written by the first one), the run, and the time of every
 iteration. Minutes are the sums of the stages in the run's ``metrics.json``, which every sitting adds to; they include
 loading, pictures and checkpoints. Iterations are timed from one to the next, and summed up by resolution: a median, and
 the mean, in which previews and validation are counted too. Every sitting is added to ``<out>/recipe.jsonl``.
+
+With random weights the field grows into an opaque room that fills its box, with more samples than an object has. What
+iterations take on an object is told by ``--settled``: its ball has about as many visible samples as a finished object,
+and the learning rate is next to nothing. ``settled_minutes`` are the recipe's iterations times these medians.
 """
 
 import argparse
@@ -39,6 +44,8 @@ from threedrec.launch import choose_device, open_run, process_seconds
 REPOSITORY = Path(__file__).resolve().parent.parent
 WEIGHTS = "random_step_1.ckpt"
 SHORT_STEPS = 30
+SETTLED = ("system.geometry.density_blob_scale=200.0", "system.optimizer.args.lr=1.0e-12")
+"""A solid ball in place of fog, for good: no float32 is changed by so small a step."""
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -46,7 +53,13 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="of this sitting (default: to the end)")
     parser.add_argument("--short", action="store_true", help="a few iterations at each resolution, thrown away")
-    parser.add_argument("--steps", type=int, default=SHORT_STEPS, help=f"at each with --short (default {SHORT_STEPS})")
+    parser.add_argument("--settled", action="store_true", help="like --short, on a solid ball that does not change")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=SHORT_STEPS,
+        help=f"at each resolution with --short or --settled (default {SHORT_STEPS})",
+    )
     parser.add_argument("--folder", type=Path, default=REPOSITORY / "outputs" / "recipe", help="shared by sittings")
     parser.add_argument("--weights", help="a released checkpoint, or mini (default: a random one is written)")
     parser.add_argument("--family", choices=("sd21", "sd15"), default="sd21")
@@ -145,7 +158,7 @@ def by_resolution(config: ExperimentConfig, folder: Path) -> list[dict[str, Any]
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """A sitting of the recipe, or a short run; return its record."""
-    if args.short:
+    if args.short or args.settled:
         with tempfile.TemporaryDirectory() as scratch:
             steps = args.steps
             changes = [
@@ -154,8 +167,24 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 "system.guidance.warm_start.enabled=false",
                 "trainer.num_sanity_val_steps=0",
             ]
-            return record(*run(args, Path(scratch), changes, until="test"), Path(scratch)) | {"short": True}
+            if args.settled:
+                changes += SETTLED
+            line = record(*run(args, Path(scratch), changes, until="test"), Path(scratch)) | {"short": True}
+            return line | settled_minutes(args, line) if args.settled else line
     return record(*run(args, args.folder, []), args.folder) | {"short": False}
+
+
+def settled_minutes(args: argparse.Namespace, line: dict[str, Any]) -> dict[str, Any]:
+    """What the recipe's iterations take together if each takes the median of its resolution."""
+    recipe = [] if any(text.startswith("recipe=") for text in args.overrides) else ["recipe=full-gpu"]
+    values = [f"data.image_path={args.image}", *recipe, *args.overrides]
+    whole = load_config(args.config, values, device_type=args.device.partition(":")[0])
+    ends = [*whole.data.random_camera.resolution_milestones, whole.trainer.max_steps]
+    counts = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
+    medians = [row["median_ms"] for row in line["by_resolution"]]
+    known = len(counts) == len(medians) and None not in medians
+    seconds = sum(count * median / 1e3 for count, median in zip(counts, medians, strict=True)) if known else None
+    return {"settled": True, "settled_minutes": None if seconds is None else round(seconds / 60, 2)}
 
 
 def record(config: ExperimentConfig, run_dir: Path, folder: Path) -> dict[str, Any]:

@@ -10,7 +10,8 @@ Every part is a benchmark of this folder in a process of its own, which adds its
 ``<out>/speed.json`` is made from the newest record of each. Its top-level keys are numbers, or null where there is no
 measurement; ``about`` says of each which record it comes from, when, on what and with which versions, and of the hash
 encoding which order of points, precision and kind of sums. ``recipe_minutes`` is a number only when all iterations have
-been run; until then ``recipe_progress`` has what is known. A part that fails is named, the exit code is 1, and its
+been run; until then ``recipe_progress`` has what is known. Figures that begin with ``settled`` are those of a solid
+ball, whose number of samples is an object's (`recipe.py`). A part that fails is named, the exit code is 1, and its
 figures stay as they were.
 """
 
@@ -30,7 +31,7 @@ from threedrec.files import write_json
 
 FOLDER = Path(__file__).resolve().parent
 Record = dict[str, Any]
-PARTS = ("guidance", "hashgrid", "nerf_step", "steps", "mini", "recipe")
+PARTS = ("guidance", "hashgrid", "nerf_step", "steps", "settled", "mini", "recipe")
 TARGETS = {
     "guidance_step_ms": 50.0,
     "unet_ms": 18.0,
@@ -40,6 +41,9 @@ TARGETS = {
     "stage1_iteration_ms": 70.0,
     "stage3_iteration_ms": 180.0,
     "recipe_minutes": 15.0,
+    "settled_stage1_iteration_ms": 70.0,
+    "settled_stage3_iteration_ms": 180.0,
+    "settled_recipe_minutes": 15.0,
     "peak_gpu_gb": 12.0,
     "mini_gpu_s": 20.0,
     "mini_cpu_s": 180.0,
@@ -72,6 +76,7 @@ def commands(args: argparse.Namespace) -> dict[str, list[str]]:
             "hashgrid": ["hashgrid.py", "--device", args.device],
             "nerf_step": ["nerf_step.py", "--device", args.device],
             "steps": ["recipe.py", "--short", "--device", args.device],
+            "settled": ["recipe.py", "--settled", "--device", args.device],
             **known,
         }
         if args.recipe_seconds is not None:
@@ -159,15 +164,20 @@ def timed(record: Record, index: int) -> bool:
 def recipe_figures(out: Path) -> tuple[dict[str, tuple[float | None, Record]], Record | None]:
     """Iterations and memory of the released recipe, of a short run where the whole one has not come that far."""
     records = [r for r in read(out / "recipe.jsonl") if on_gpu(r) and r["recipe"] == "full-gpu" and not r["overrides"]]
+    settled = newest(records, lambda r: r.get("settled"))
+    records = [record for record in records if not record.get("settled")]
     sitting = newest(records, lambda r: not r["short"])
     figures = {}
     for key, index in (("stage1_iteration_ms", 0), ("stage3_iteration_ms", 2)):
-        # The whole run's before a short one's: its object has settled.
+        # The whole run's before a short one's: its field is no longer fog.
         enough = [record for record in records if timed(record, index)]
         found = newest(enough, lambda r: not r["short"]) or newest(enough, lambda r: True)
         row = found["by_resolution"][index] if found else {}
         what = {} if found is None else {"run": "short, from the first fog on" if found["short"] else "the recipe"}
         figures[key] = figure(found, row.get("median_ms"), **what, **row)
+        row = settled["by_resolution"][index] if settled else {}
+        figures[f"settled_{key}"] = figure(settled, row.get("median_ms"), **row)
+    figures["settled_recipe_minutes"] = figure(settled, settled and settled["settled_minutes"])
     whole = newest(records, lambda r: not r["short"] and r["complete"])
     figures["recipe_minutes"] = figure(whole, whole and whole["minutes"], iterations=whole and whole["max_steps"])
     peak = whole or newest(records, lambda r: timed(r, 2))

@@ -23,6 +23,9 @@ from nvsadapter_guidance.feed_forward import feed_forward
 CONTEXT_KEY = "nvs_views"
 """Name of the `ViewContext` in `cross_attention_kwargs`."""
 
+MERGED = ("self", "view", "compose", "spread", "learned")
+"""Names of the buffers ``merged_<name>`` of a block, which `lean_block` fills."""
+
 KeyValues = Tuple[Tensor, Tensor]
 
 
@@ -48,7 +51,7 @@ class ViewContext:
     """Rows of the support stream at the start of the batch; 0 when its keys and values come from a cache."""
     num_query: int
     """Query views per sample; 0 when the support stream runs alone."""
-    positional: Dict[int, Tensor]
+    positional: Mapping[int, Tensor]
     """Positional features by level: [rows, tokens, channels]."""
     image_tokens: Optional[Tensor] = None
     """[rows, 1, image_context_dim]."""
@@ -100,7 +103,7 @@ class BlockAdapter(nn.Module):
         if composed is not None:
             x[rows:] += composed
             placed[rows:] += composed
-        keys, values = (folded.constants[f"{path}.{name}"] for name in ("keys", "values"))
+        keys, values = folded.constants[f"{path}.support"].chunk(2, dim=-1)
         if folded.branches == 1:
             keys, values = keys[-1:], values[-1:]
         if rows:
@@ -181,6 +184,8 @@ class NVSTransformerBlock(nn.Module):
         self.norm2, self.attn2 = base.norm2, base.attn2
         self.norm3, self.ff = base.norm3, base.ff
         self.__dict__["adapter"] = adapter
+        for name in MERGED:
+            self.register_buffer(f"merged_{name}", None, persistent=False)
         self.train(base.training)
 
     def forward(
@@ -217,15 +222,19 @@ class NVSTransformerBlock(nn.Module):
 
     def _folded_text(self, x: Tensor, folded: FoldedViews) -> Tensor:
         """What text attention adds: a vector a branch for one token, else attention of all rows as one sequence."""
-        path, attention = self.block_adapter.path, self.attn2
-        vectors = folded.constants.get(f"{path}.text")
+        vectors = folded.constants.get(f"{self.block_adapter.path}.text")
         if vectors is not None:
             return vectors if len(vectors) == 1 else vectors[folded.branch]
-        queries = attention.to_q(self.norm2(x)).flatten(0, 1)[None]
+        return self.attend_text(self.norm2(x), folded)
+
+    def attend_text(self, hidden: Tensor, folded: FoldedViews) -> Tensor:
+        """Text attention of all rows, normalised already, as one sequence."""
+        path, attention = self.block_adapter.path, self.attn2
+        queries = attention.to_q(hidden).flatten(0, 1)[None]
         keys, values = (folded.constants[f"{path}.{name}"] for name in ("text_keys", "text_values"))
         q, k, v = (t.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for t in (queries, keys, values))
         attended = F.scaled_dot_product_attention(q, k, v, scale=attention.scale)
-        return attention.to_out[0](attended.transpose(1, 2).flatten(2)).view_as(x)
+        return attention.to_out[0](attended.transpose(1, 2).flatten(2)).view_as(hidden)
 
     def _text_attention(
         self, x: Tensor, text: Optional[Tensor], mask: Optional[Tensor], kwargs: Dict[str, Any]

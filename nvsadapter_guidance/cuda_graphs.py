@@ -105,6 +105,30 @@ def capture(function: Callable[[], Any], pool: Any, warm_ups: int = WARM_UPS) ->
     return graph, result
 
 
+class Beside:
+    """Results of a function that runs on a stream of its own while a graph is captured, so that replays overlap it.
+
+    Outside of a capture it has run when this is made: there, memory would change hands between streams.
+    """
+
+    def __init__(self, function: Callable[[], Any]) -> None:
+        self._side: torch.cuda.Stream | None = None
+        if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
+            self._result = function()
+            return
+        self._side = torch.cuda.Stream()
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
+            self._result = function()
+
+    def __call__(self) -> Any:
+        """Return the result; what is launched from now on comes after it."""
+        if self._side is not None:
+            torch.cuda.current_stream().wait_stream(self._side)
+            self._side = None
+        return self._result
+
+
 class WeightsAt:
     """What modules consist of, and where their weights lie."""
 

@@ -6,16 +6,18 @@ adds; the vector that the image token adds; keys and values of the support view.
 branches of classifier-free guidance: the unconditional branch sees zeros, of which a convolution makes its bias.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from nvsadapter_guidance.blocks import CONTEXT_KEY, FoldedViews, NVSTransformerBlock, ViewContext
+from nvsadapter_guidance.cuda_graphs import Beside
+from nvsadapter_guidance.lean_block import is_plain_attention, merge
 from nvsadapter_guidance.lean_unet import can_run_lean, predict_lean
+from nvsadapter_guidance.ray_patches import positional_features
 from nvsadapter_guidance.support_cache import SupportCache
 from nvsadapter_guidance.unet import MultiViewUNet
 
@@ -29,7 +31,9 @@ def can_fold(network: MultiViewUNet) -> bool:
     unet: Any = network.unet
     if network.controlnet is not None or unet.encoder_hid_proj is not None:
         return False
-    return network.adapter.config.support_is_independent and all(map(_is_plain, _blocks(network).values()))
+    return network.adapter.config.support_is_independent and all(
+        is_plain_attention(block.attn2) for block in _blocks(network).values()
+    )
 
 
 @torch.no_grad()
@@ -40,7 +44,7 @@ def fold(
     conditional: SupportCache,
     unconditional: SupportCache | None,
 ) -> Constants:
-    """Everything that blocks need to know of an object.
+    """Everything that blocks need to know of an object; weights that blocks merge are brought up to date on the way.
 
     Args:
         conditional, unconditional: of the support view; None where unconditional samples see fresh noise.
@@ -50,9 +54,12 @@ def fold(
     tokens = torch.cat((torch.zeros_like(image), image))
     support = conditional if unconditional is None else SupportCache.cat((unconditional, conditional))
     constants: Constants = {}
+    lean = can_run_lean(network.unet)
     for path, block in _blocks(network).items():
+        if lean:
+            merge(block)
         adapter, attention = block.block_adapter, block.attn2
-        constants[f"{path}.keys"], constants[f"{path}.values"] = support.entries[path]
+        constants[f"{path}.support"] = torch.cat(support.entries[path], dim=-1)
         if adapter.image_attn is not None and not adapter.config.imgemb_to_text:
             constants[f"{path}.image"] = adapter.image_attn.to_out(adapter.image_attn.to_v(tokens))
         context = tokens if adapter.config.imgemb_to_text else text
@@ -69,7 +76,7 @@ def denoise_folded(
     network: MultiViewUNet,
     noisy: Float[Tensor, "G n c h w"],
     timesteps: Int[Tensor, " G"],
-    rays: Float[Tensor, "G n channels h w"],
+    rays: Callable[[], Float[Tensor, "G n channels h w"]],
     constants: Mapping[str, Tensor],
     both_branches: bool = True,
     fresh_support: Float[Tensor, "G 1 c h w"] | None = None,
@@ -79,7 +86,7 @@ def denoise_folded(
     Equal to `MultiViewUNet.forward` on the same conditions.
 
     Args:
-        rays: of the query views, relative to the support view.
+        rays: makes those of the query views, relative to the support view; beside the first layers in a CUDA graph.
         constants: of `fold`.
         fresh_support: what the unconditional samples see in place of the support view, where `fold` was not told.
     """
@@ -97,11 +104,28 @@ def denoise_folded(
     # Which row of the constants a row of the batch takes: the last `views` rows are the conditional ones.
     branch = (torch.arange(rows, device=noisy.device) >= rows - views).long()
     folded = FoldedViews(constants, branch, branches)
-    context = ViewContext(support_rows, num_query, _positional(network, rays, rows - views), folded=folded)
+    positional = _Positional(Beside(lambda: _positional(network, rays(), rows - views)))
+    context = ViewContext(support_rows, num_query, positional, folded=folded)
     predicted = _predict(network.unet, torch.cat(latents), torch.cat(steps), context)
     # In float32 at least, since the difference of two near predictions is wanted.
     predicted = predicted[support_rows:].to(torch.promote_types(noisy.dtype, torch.float32))
     return predicted.unflatten(0, (branches, groups, num_query))
+
+
+class _Positional(Mapping[int, Tensor]):
+    """Positional features by level, waited for when the first is asked for."""
+
+    def __init__(self, features: Beside) -> None:
+        self._features = features
+
+    def __getitem__(self, level: int) -> Tensor:
+        return self._features()[level]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._features())
+
+    def __len__(self) -> int:
+        return len(self._features())
 
 
 def _predict(unet: Any, latents: Tensor, timesteps: Tensor, context: ViewContext) -> Tensor:
@@ -115,11 +139,13 @@ def _positional(
     network: MultiViewUNet, rays: Float[Tensor, "G n channels h w"], unconditional_rows: int
 ) -> dict[int, Tensor]:
     """Positional features of all rows in the network's precision; those of unconditional rows are of zero rays."""
-    dtype, features = network.unet.conv_in.weight.dtype, {}
-    for level, found in network.adapter.positional_features(rays.flatten(0, 1)).items():
-        bias: Any = network.adapter.ray_convs[level].bias
-        zeros = bias.to(dtype).expand(unconditional_rows, found.shape[1], -1)
-        features[level] = torch.cat((zeros, found.to(dtype)))
+    dtype, adapter, features = network.unet.conv_in.weight.dtype, network.adapter, {}
+    for level, found in positional_features(adapter, rays.flatten(0, 1), dtype).items():
+        bias: Any = adapter.ray_convs[level].bias
+        all_rows = found.new_empty(unconditional_rows + len(found), *found.shape[1:], dtype=dtype)
+        all_rows[:unconditional_rows] = bias
+        all_rows[unconditional_rows:] = found
+        features[level] = all_rows
     return features
 
 
@@ -127,17 +153,3 @@ def _blocks(network: MultiViewUNet) -> dict[str, NVSTransformerBlock]:
     # By the adapter's paths, which wrappers such as a compiled UNet do not change.
     found = (module for module in network.unet.modules() if isinstance(module, NVSTransformerBlock))
     return {block.block_adapter.path: block for block in found}
-
-
-def _is_plain(block: NVSTransformerBlock) -> bool:
-    """Whether text attention is softmax attention and a linear layer, and nothing else."""
-    attention: Any = block.attn2
-    return (
-        isinstance(attention.processor, AttnProcessor | AttnProcessor2_0)
-        and not attention.norm_cross
-        and attention.group_norm is None
-        and attention.spatial_norm is None
-        and getattr(attention, "norm_q", None) is None
-        and not attention.residual_connection
-        and attention.rescale_output_factor == 1.0
-    )

@@ -85,6 +85,22 @@ def add(
     return first + second + bias[:, None, None]
 
 
+def enlarge(x: Float[Tensor, "N C h w"], size: tuple[int, int]) -> Float[Tensor, "N C h2 w2"]:
+    """The nearest pixels of ``x`` at another size, without a gradient where a kernel does it."""
+    doubled = size == (2 * x.shape[2], 2 * x.shape[3])
+    if not doubled or not has_triton(x.device) or not x.is_contiguous(memory_format=torch.channels_last):
+        return F.interpolate(x, size=size, mode="nearest")
+    from nvsadapter_guidance.upsample_kernel import double_kernel
+
+    samples, channels, height, width = x.shape
+    out = torch.empty(samples, channels, *size, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    pixels = samples * height * width
+    with current(x.device):
+        grid = (-(-pixels // TILE), -(-channels // TILE))
+        double_kernel[grid](x, out, pixels, width, channels, ROWS=TILE, BLOCK=TILE)
+    return out
+
+
 class _Convolution(torch.autograd.Function):
     @staticmethod
     def forward(

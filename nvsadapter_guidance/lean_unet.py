@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from nvsadapter_guidance.blocks import CONTEXT_KEY, ViewContext
 from nvsadapter_guidance.cuda_graphs import is_offloaded
 from nvsadapter_guidance.group_norm import group_norm_silu
-from nvsadapter_guidance.lean_layers import is_lean, residual_block
+from nvsadapter_guidance.lean_block import can_run_lean_block, lean_block
+from nvsadapter_guidance.lean_layers import enlarge, is_lean, residual_block
 
 _KINDS = (
     blocks.DownBlock2D,
@@ -81,7 +82,7 @@ def predict_lean(
             x = residual_block(resnet, torch.cat((x, skips.pop()), dim=1), time)
             x = _transform(attention, x, context)
         for sampler in part.upsamplers or ():
-            x = sampler.conv(F.interpolate(x, size=skips[-1].shape[-2:], mode="nearest"))
+            x = sampler.conv(enlarge(x, tuple(skips[-1].shape[-2:])))
     return unet.conv_out(group_norm_silu(x, unet.conv_norm_out))
 
 
@@ -96,7 +97,10 @@ def _transform(attention: Any, x: Float[Tensor, "rows C h w"], context: ViewCont
     tokens = tokens.permute(0, 2, 3, 1).flatten(1, 2)
     tokens = attention.proj_in(tokens) if linear else tokens.contiguous()
     for block in attention.transformer_blocks:
-        tokens = block(tokens, cross_attention_kwargs={CONTEXT_KEY: context})
+        if context.folded is not None and block.merged_self is not None and can_run_lean_block(block):
+            tokens = lean_block(block, tokens, context, context.folded)
+        else:
+            tokens = block(tokens, cross_attention_kwargs={CONTEXT_KEY: context})
     if linear:
         tokens = attention.proj_out(tokens)
     grid = tokens.unflatten(1, x.shape[-2:]).permute(0, 3, 1, 2)

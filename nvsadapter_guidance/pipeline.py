@@ -198,7 +198,7 @@ def _folded_call(
     def predict(inputs: Mapping[str, Tensor]) -> Tensor:
         support, query = (Poses(*(inputs[f"{of}.{name}"] for name in _ANGLES)) for of in ("support", "query"))
         prediction = denoise_folded(
-            model.network, inputs["noisy"], inputs["timesteps"], query_rays(model, support, query), inputs,
+            model.network, inputs["noisy"], inputs["timesteps"], lambda: query_rays(model, support, query), inputs,
             guidance_scale != 1.0, inputs.get("fresh_support"),
         )  # fmt: skip
         # Guidance at scale 1 is the conditional prediction alone.

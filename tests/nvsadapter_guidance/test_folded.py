@@ -130,7 +130,7 @@ def test_constants_hold_no_queries_and_one_text() -> None:
     folded = conditions_of(model).folded
     assert folded is not None
     names = {name.rsplit(".", 1)[1]: tuple(value.shape[:2]) for name, value in folded.items()}
-    assert names == {"keys": (2, 16), "values": (2, 16), "image": (2, 1), "text_keys": (1, 5), "text_values": (1, 5)}
+    assert names == {"support": (2, 16), "image": (2, 1), "text_keys": (1, 5), "text_values": (1, 5)}
 
 
 def test_a_new_support_image_makes_other_constants() -> None:

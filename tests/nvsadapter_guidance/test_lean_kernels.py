@@ -1,4 +1,4 @@
-"""The kernels of sums and gates against torch's operations.
+"""The kernels of sums, gates and doubled images against torch's operations.
 
 On a GPU these are the compiled kernels; ``test_group_norm_interpreted`` runs this file on the CPU by Triton's
 interpreter.
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from nvsadapter_guidance.feed_forward import fused_gate
-from nvsadapter_guidance.lean_layers import add
+from nvsadapter_guidance.lean_layers import add, enlarge
 from nvsadapter_guidance.triton_support import is_interpreted
 
 DEVICE = "cpu" if is_interpreted() else "cuda"
@@ -46,3 +46,19 @@ def test_a_gate(width: int, dtype: torch.dtype) -> None:
     expected = value * functional.gelu(gate)
     tolerance = 1e-5 if dtype is torch.float32 else 1e-2
     torch.testing.assert_close(fused_gate(projected).double(), expected, atol=tolerance, rtol=tolerance)
+
+
+@needs_kernels
+@pytest.mark.parametrize("shape", [(2, 64, 4, 8), (1, 40, 9, 11), (3, 130, 5, 1)])
+def test_an_image_of_twice_the_size(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    x = normal(*shape).to(torch.bfloat16, memory_format=torch.channels_last)
+    size = (2 * shape[2], 2 * shape[3])
+    expected = functional.interpolate(x, size=size, mode="nearest")
+    monkeypatch.setattr(functional, "interpolate", None)
+    found = enlarge(x, size)
+    assert found.is_contiguous(memory_format=torch.channels_last) and torch.equal(found, expected)
+
+
+def test_an_image_of_another_size() -> None:
+    x = torch.randn(2, 3, 4, 5)
+    assert torch.equal(enlarge(x, (7, 9)), functional.interpolate(x, size=(7, 9), mode="nearest"))

@@ -182,7 +182,7 @@ def test_layouts_of_inputs_do_not_matter():
     assert_close(torch.autograd.grad(want.sum(), table)[0], torch.autograd.grad(linked.features.sum(), table)[0])
 
 
-@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
 def test_fixed_sums_do_not_depend_on_the_order_of_points():
     from threedrec.field.hashgrid_triton import scatter
 
@@ -316,6 +316,51 @@ def test_a_field_repeats_itself_under_deterministic_algorithms(sums):
 
     for one, other in zip(gradients(), gradients(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 10**9], ids=["nothing", "one part", "everything"])
+@pytest.mark.parametrize("sums", [True], ids=["fixed-sums"], indirect=True)
+def test_lookups_that_are_kept_change_nothing(kept: int, sums, poison, monkeypatch):
+    from threedrec.field import hashgrid_triton
+    from threedrec.rendering.recompute import in_parts
+
+    field, _ = volumes()
+    x, looked = 2.0 * points() - 1.0, []
+    pulls = [torch.randn(len(x), width, device=DEVICE, dtype=KIND) for width in (1, 3, 3)]
+    names = list(field.parameters())
+
+    def gradients(size: int) -> list[Tensor]:
+        out = in_parts(lambda part: tuple(field(part, normals=True)), x, size, names, kept)
+        return list(torch.autograd.grad(sum((o * p).sum() for o, p in zip(out, pulls, strict=True)), names))
+
+    expected = gradients(len(x))
+    real = hashgrid_triton._look_up
+    monkeypatch.setattr(hashgrid_triton, "_look_up", lambda *args: looked.append(1) or real(*args))
+    found = gradients(-(-len(x) // 4))
+    assert len(looked) == {0: 8, 1: 7, 10**9: 4}[kept]
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+@pytest.mark.parametrize("count", [0, 1, COUNT])
+def test_the_greatest_push_of_a_point(count: int, poison):
+    from threedrec.field.hashgrid_triton import _largest
+
+    grad, pull = (torch.randn(count, 24, device=DEVICE, dtype=KIND) for _ in range(2))
+    x, tangent = points(count), torch.randn(count, 3, device=DEVICE, dtype=KIND)
+    rows = pull.abs().amax(1) * tangent.abs().sum(1) if count else pull.new_zeros(1)
+    want = [grad.abs().max() if count else grad.new_zeros(()), rows.max()]
+    for flags in ((True, True), (True, False), (False, True)):
+        parts = grad if flags[0] else None, *((pull, tangent) if flags[1] else (None, None))
+        expected = torch.stack([value * flag for value, flag in zip(want, flags, strict=True)])
+        assert_close(_largest(x, *parts, 24), expected)
+    for broken in (float("nan"), float("inf")) if count else ():
+        for at, tensor in ((0, grad), (1, pull), (1, tangent)):
+            changed = tensor.clone()
+            changed[-1, 1] = broken
+            parts = [changed if part is tensor else part for part in (grad, pull, tangent)]
+            assert not _largest(x, *parts, 24)[at].isfinite()
 
 
 def test_densities_without_gradients_are_those_with(poison):

@@ -6,6 +6,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from threedrec.errors import InputError
 from threedrec.field import EncodingConfig, ImplicitVolume, MLPConfig
+from threedrec.field.tape import Tape, remembered
 from threedrec.rendering import VolumeRenderer
 from threedrec.rendering.recompute import in_parts
 
@@ -61,6 +62,45 @@ def test_no_part_keeps_its_graph():
     with saved_tensors_hooks(remember, lambda tensor: tensor):
         in_parts(lambda part: (model(part).density,), points(), 10, model.parameters())
     assert kept and max(tensor.numel() for tensor in kept) <= 30  # the points of a part
+
+
+class Slow:
+    """A layer that counts how often it makes what it remembers."""
+
+    def __init__(self) -> None:
+        self.weight, self.made = torch.nn.Parameter(torch.tensor([1.5])), 0
+
+    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor]:
+        return ((self.weight * remembered(lambda: self.make(x))).tanh(),)
+
+    def make(self, x: torch.Tensor) -> torch.Tensor:
+        self.made += 1
+        return (x * x).sum(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize(("kept", "made"), [(0, 10), (1, 9), (2 * 40, 8), (10**6, 5)])
+def test_parts_remember_as_much_as_there_is_memory_for(kept: int, made: int):
+    slow, x = Slow(), points().float()
+    whole = torch.autograd.grad(slow(x)[0].sum(), slow.weight)
+    slow.made = 0
+    (out,) = in_parts(slow, x, 10, [slow.weight], kept)  # ten numbers of four bytes a part
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), slow.weight, retain_graph=True), whole)
+    assert slow.made == made
+    torch.testing.assert_close(torch.autograd.grad(out.sum(), slow.weight), whole)  # what was kept is gone
+    assert slow.made == made + 5
+
+
+def test_a_second_run_that_differs_from_the_first_is_noticed():
+    tape, value = Tape(), torch.ones(1)
+    with tape.recording():
+        remembered(lambda: value)
+    with pytest.raises(RuntimeError, match="remembered less"), tape.replaying():
+        pass
+    with tape.replaying():
+        assert remembered(torch.Tensor) is value
+        with pytest.raises(RuntimeError, match="remembered more"):
+            remembered(torch.Tensor)
+    assert remembered(lambda: value) is value, "outside of a tape it is made"
 
 
 def test_without_gradients_parts_are_only_parts():

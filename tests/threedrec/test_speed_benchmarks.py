@@ -72,6 +72,15 @@ def test_minutes_are_null_until_the_recipe_is_complete(speed: ModuleType, tmp_pa
     assert (found["recipe_minutes"], found["stage3_iteration_ms"], found["peak_gpu_gb"]) == (21.5, 150.0, 9.5)
 
 
+def test_a_settled_object_has_figures_of_its_own(speed: ModuleType, tmp_path: Path) -> None:
+    settled = sitting(1.0, False, 60.0, 61.0, 110.0, short=True) | {"settled": True, "settled_minutes": 10.55}
+    write(tmp_path / "recipe.jsonl", sitting(21.5, True, 70.0, 80.0, 150.0), settled)
+    found = speed.collect(tmp_path)
+    assert (found["stage1_iteration_ms"], found["recipe_minutes"]) == (70.0, 21.5)
+    assert (found["settled_stage1_iteration_ms"], found["settled_stage3_iteration_ms"]) == (60.0, 110.0)
+    assert found["settled_recipe_minutes"] == 10.55
+
+
 def test_figures_without_a_record_stay_as_they_were(
     speed: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,7 +110,7 @@ def test_a_part_that_fails_is_named(
     monkeypatch.setattr(speed.torch.cuda, "is_available", lambda: True)
     arguments = ["--device", "cuda:0", "--recipe-seconds", "5", "--out", str(tmp_path)]
     assert speed.main(arguments) == 1
-    assert f"failed: {', '.join(speed.PARTS[:4])}, mini, recipe" in capsys.readouterr().err
+    assert f"failed: {', '.join(speed.PARTS[:5])}, mini, recipe" in capsys.readouterr().err
     assert list(speed.commands(speed.parse([*arguments, "--only", "mini"]))) == ["mini"]
 
 
@@ -141,3 +150,20 @@ def test_sittings_add_up_to_the_whole_recipe(benchmarks: Any, tmp_path: Path, mo
     assert recipe.main(arguments) == 0  # there is nothing left to do
     again = json.loads((tmp_path / "recipe.jsonl").read_text().splitlines()[-1])
     assert again["complete"] and again["minutes"] == pytest.approx(minutes, abs=0.05)
+
+
+def test_a_settled_object_is_solid_and_does_not_change(
+    benchmarks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, configs = benchmarks("recipe"), []
+    record = recipe.record
+    monkeypatch.setattr(recipe, "record", lambda *args: configs.append(args[0]) or record(*args))
+    given = [text for text in TINY.split() if "steps=" not in text and "milestones" not in text]
+    arguments = ["--device", "cpu", "--weights", "mini", "--settled", "--out", str(tmp_path), *given]
+    assert recipe.main([*arguments, "data.resolution_milestones=[2,5]", "trainer.max_steps=6"]) == 0
+    assert configs[0].system.geometry.density_blob_scale == 200.0 and configs[0].system.optimizer.args.lr < 1e-9
+    line = json.loads((tmp_path / "recipe.jsonl").read_text())
+    medians = [row["median_ms"] for row in line["by_resolution"]]
+    assert line["settled"] and line["short"] and not line["complete"]
+    expected = (2 * medians[0] + 3 * medians[1] + medians[2]) / 60e3
+    assert line["settled_minutes"] == pytest.approx(expected, abs=0.0051)

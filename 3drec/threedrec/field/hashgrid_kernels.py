@@ -290,3 +290,29 @@ def scatter_kernel(
                 push = push.to(tl.int64)
             target = end_row(end, cell_x, cell_y, cell_z, edge, shape)[:, None] * CHANNELS + channel
             tl.atomic_add(sums + target, push, mask=inside[:, None], sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["count"])
+def bound_kernel(
+    grads, pulls, tangents, largest, count,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, VALUES: tl.constexpr, SLOPES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """``largest`` (programs, 2): the greatest |grad| of a block of points, and the greatest |pull| |tangent|.
+
+    The norms are that of infinity for rows of ``pulls`` and the sum for ``tangents``. Not a number if any of them is
+    not finite.
+    """
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    column = tl.arange(0, PADDED)
+    inside = index < count
+    mask = inside[:, None] & (column < WIDTH)[None, :]
+    places = index[:, None] * WIDTH + column[None, :]
+    if VALUES:
+        grad = tl.abs(tl.load(grads + places, mask=mask, other=0.0))
+        tl.store(largest + tl.program_id(0) * 2, tl.max(tl.max(grad, axis=1), axis=0) + 0.0 * tl.sum(grad))
+    if SLOPES:
+        pull = tl.abs(tl.load(pulls + places, mask=mask, other=0.0))
+        x, y, z = load_vector(tangents, index, inside)
+        # A maximum passes over what is not a number, a sum does not.
+        push = (tl.max(pull, axis=1) + 0.0 * tl.sum(pull, axis=1)) * (tl.abs(x) + tl.abs(y) + tl.abs(z))
+        tl.store(largest + tl.program_id(0) * 2 + 1, tl.max(push, axis=0) + 0.0 * tl.sum(push))

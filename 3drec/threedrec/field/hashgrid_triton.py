@@ -22,12 +22,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from threedrec.field.hashgrid import PRIMES, Level
-from threedrec.field.hashgrid_kernels import features_kernel, pull_kernel, scatter_kernel, tangent_kernel
+from threedrec.field.hashgrid_kernels import (
+    bound_kernel,
+    features_kernel,
+    pull_kernel,
+    scatter_kernel,
+    tangent_kernel,
+)
+from threedrec.field.tape import remembered
 
 LAUNCH: dict[str, dict[str, Any]] = {
     "features": {"BLOCK": 64, "GROUP": 4, "num_warps": 4},
     "tangent": {"BLOCK": 64, "GROUP": 4, "num_warps": 4},
     "pull": {"BLOCK": 256, "num_warps": 8},
+    "bound": {"BLOCK": 128, "num_warps": 4},
     "scatter": {"BLOCK": 128, "GROUP": 4, "num_warps": 8},
 }
 """Points and levels per program, and threads, by measurement (``benchmarks/hashgrid.py --sweep``)."""
@@ -83,13 +91,24 @@ class Grid(NamedTuple):
             kernel[(programs,)](points, *tensors, *numbers, len(points), self.opened, **sizes, **settings)
 
 
+def _look_up(points: Tensor, grid: Grid) -> Tensor:
+    features = points.new_empty(len(points), grid.width)
+    grid.launch("features", features_kernel, points, grid.read, features)
+    return features
+
+
+def _pull(points: Tensor, pull: Tensor, grid: Grid) -> Tensor:
+    out = torch.empty_like(points)
+    grid.launch("pull", pull_kernel, points, grid.read, pull, out)
+    return out
+
+
 class _Features(torch.autograd.Function):
     """Features (N, LC), and two placeholders whose gradients are g and v of ``_Pull``; see the module's text."""
 
     @staticmethod
     def forward(ctx: Any, points: Tensor, table: Tensor, grid: Grid, linked: bool) -> tuple[Tensor, ...]:
-        features = points.new_empty(len(points), grid.width)
-        grid.launch("features", features_kernel, points, grid.read, features)
+        features = remembered(lambda: _look_up(points, grid))
         ctx.save_for_backward(points)
         ctx.grid, ctx.table = grid, (table.shape, table.dtype)
         ctx.set_materialize_grads(False)
@@ -115,8 +134,7 @@ class _Pull(torch.autograd.Function):
         ctx: Any, points: Tensor, pull: Tensor, grid: Grid, link_pull: Tensor, link_tangent: Tensor
     ) -> Float[Tensor, "N 3"]:
         pull = pull.contiguous()
-        out = torch.empty_like(points)
-        grid.launch("pull", pull_kernel, points, grid.read, pull, out)
+        out = remembered(lambda: _pull(points, pull, grid))
         ctx.save_for_backward(points, pull)
         ctx.grid = grid
         return out
@@ -157,16 +175,28 @@ def _unit(
     points: Tensor, grad: Tensor | None, pull: Tensor | None, tangent: Tensor | None, grid: Grid
 ) -> Float[Tensor, " 1"]:
     """Return how many fixed-point steps make 1: a power of two, as fine as the sum of all points' pushes allows."""
-    bound = torch.zeros((), dtype=torch.float64, device=points.device)
-    if len(points) and grad is not None:
-        bound = bound + torch.linalg.vector_norm(grad, torch.inf)
-    if len(points) and pull is not None and tangent is not None:
-        # A slope is at most the scale of the finest level.
-        largest = torch.linalg.vector_norm(pull, torch.inf, dim=1) * torch.linalg.vector_norm(tangent, 1, dim=1)
-        bound = bound + grid.levels[-1].scale * largest.amax()
+    value, slope = _largest(points, grad, pull, tangent, grid.width).double()
+    # A slope is at most the scale of the finest level.
+    bound = value + grid.levels[-1].scale * slope
     bits = 61 - (8 * len(points) + 1).bit_length()
     # At most 2^120, which float32 still holds, as well as its inverse.
     return torch.exp2((bits - torch.log2(bound).ceil()).clamp(max=120.0)).view(1)
+
+
+def _largest(
+    points: Tensor, grad: Tensor | None, pull: Tensor | None, tangent: Tensor | None, width: int
+) -> Float[Tensor, " 2"]:
+    """Return the greatest |grad| and |pull| |tangent| of all points, 0 for what is not there."""
+    if len(points) == 0:
+        return points.new_zeros(2)
+    settings, flags = LAUNCH["bound"], {"VALUES": grad is not None, "SLOPES": pull is not None and tangent is not None}
+    programs = -(-len(points) // settings["BLOCK"])
+    largest = points.new_zeros(programs, 2)
+    grads, pulls, tangents = (points if part is None else part.contiguous() for part in (grad, pull, tangent))
+    sizes = {"WIDTH": width, "PADDED": 1 << (width - 1).bit_length()}
+    with torch.cuda.device_of(points):
+        bound_kernel[(programs,)](grads, pulls, tangents, largest, len(points), **sizes, **flags, **settings)
+    return largest.amax(dim=0)
 
 
 class LinkedFeatures(NamedTuple):

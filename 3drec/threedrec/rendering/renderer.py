@@ -32,6 +32,8 @@ TRITON_CHUNK = {True: 3 * 2**20, False: 3 * 2**19}
 normals; if the networks have kernels too, and if they are plain PyTorch."""
 TRITON_BYTES = {True: 1400, False: 2800}
 """Of a point's graph and of what its backward pass adds, with normals and two layers of 64 neurons, for both cases."""
+KEPT_SHARE = 64
+"""The lookups of parts whose graph is not held are kept, up to this part of a GPU's memory."""
 MIN_TRANSMITTANCE = 1e-4
 """Share of the light that must reach a sample for it to be seen."""
 LOOKUP_CHUNK = 2**20
@@ -91,7 +93,7 @@ class VolumeRenderer(nn.Module):
         """Points per call of the networks where no gradient flows; at least `LOOKUP_CHUNK` with Triton kernels."""
         train_chunk_size: int = 0
         """Points per call of the networks in training; beyond it they are computed again for the backward pass, so
-        that memory does not grow with the number of samples. 0: no limit on the CPU; on a GPU `CUDA_CHUNK` in plain
+        that memory hardly grows with the number of samples. 0: no limit on the CPU; on a GPU `CUDA_CHUNK` in plain
         PyTorch, and with Triton kernels what a sixteenth of the GPU's memory holds, at most `TRITON_CHUNK`."""
         randomized: bool = True
         """In training, move each ray's samples at random by up to a step."""
@@ -338,11 +340,14 @@ class VolumeRenderer(nn.Module):
         return slice(int(torch.randint(stride, (), generator=host_generator(generator))), None, stride)
 
     def _in_parts(self, function: PointFunction, points: Float[Tensor, "N 3"]) -> tuple[Tensor, ...]:
+        kept = 0
         if torch.is_grad_enabled():
             size = self.config.train_chunk_size or self._train_chunk(points)
+            if points.is_cuda:
+                kept = torch.cuda.get_device_properties(points.device).total_memory // KEPT_SHARE
         else:
             size = self._lookup_chunk(points.device)
-        return in_parts(function, points, size, self.geometry.parameters())
+        return in_parts(function, points, size, self.geometry.parameters(), kept)
 
     def _train_chunk(self, points: Float[Tensor, "N 3"]) -> int:
         """Points whose graph is held at a time where the config leaves it open."""
