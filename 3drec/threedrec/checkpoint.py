@@ -9,12 +9,14 @@ import pickle
 import time
 import zlib
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from threedrec.background_writer import BackgroundWriter
 from threedrec.errors import InputError
 from threedrec.files import atomic_path
 
@@ -42,6 +44,10 @@ class Checkpoint:
     """State of the stage's optimiser; empty between stages."""
     extra: dict[str, Any] = field(default_factory=dict)
     """What else the stage keeps (confidences of views)."""
+
+    def snapshot(self) -> "Checkpoint":
+        """Return a copy on the host, which later steps do not change."""
+        return Checkpoint(**_copied(vars(self)))
 
 
 def step_generator(seed: int, stage: str, step: int, device: torch.device | str) -> torch.Generator:
@@ -108,16 +114,19 @@ def load_model(model: nn.Module, checkpoint: Checkpoint, source: Path | str, key
 class CheckpointKeeper:
     """Writes ``last.ckpt`` when it is due, and numbered checkpoints to keep."""
 
-    def __init__(self, folder: Path, every_n_steps: int, save_last: bool = True, save_top_k: int = -1) -> None:
+    def __init__(
+        self, folder: Path, writer: BackgroundWriter, every_n_steps: int, save_last: bool = True, save_top_k: int = -1
+    ) -> None:
         """Keep checkpoints in ``folder``.
 
         Args:
             folder: the run's ``ckpts``.
+            writer: writes them, after what it was given before.
             every_n_steps: numbered checkpoints are this far apart; 0 for none.
             save_last: also keep ``last.ckpt``, which a resumed run starts from.
             save_top_k: how many numbered ones to keep, the newest; -1 for all.
         """
-        self.folder = folder
+        self.folder, self.writer = folder, writer
         self.every_n_steps, self.save_last, self.save_top_k = every_n_steps, save_last, save_top_k
         self._saved = time.monotonic()
 
@@ -131,13 +140,16 @@ class CheckpointKeeper:
         return self._numbered(step) or (self.save_last and time.monotonic() - self._saved > SECONDS_BETWEEN)
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Write ``last.ckpt`` and, every N steps, a numbered one."""
+        """Write ``last.ckpt`` and, every N steps, a numbered one, of the state as it is now; `writer` does the work."""
+        self.writer.submit(partial(self._write, checkpoint.snapshot()))
+        self._saved = time.monotonic()
+
+    def _write(self, checkpoint: Checkpoint) -> None:
         if self.save_last:
             save_checkpoint(self.last, checkpoint)
         if self._numbered(checkpoint.step) and self.save_top_k != 0:
             save_checkpoint(self.folder / f"{checkpoint.stage}-{checkpoint.step:06d}.ckpt", checkpoint)
             self._prune()
-        self._saved = time.monotonic()
 
     def _numbered(self, step: int) -> bool:
         return self.every_n_steps > 0 and step > 0 and step % self.every_n_steps == 0
@@ -148,3 +160,14 @@ class CheckpointKeeper:
         numbered = sorted(self.folder.glob("*-[0-9]*.ckpt"), key=lambda file: file.stat().st_mtime_ns)
         for file in numbered[: -self.save_top_k]:
             file.unlink(missing_ok=True)
+
+
+def _copied(value: Any) -> Any:
+    """``value`` with copies of all tensors in it, on the host."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _copied(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_copied(item) for item in value)
+    return value

@@ -1,5 +1,7 @@
 """Score distillation: the stages in which the guidance judges random views of the scene."""
 
+from functools import partial
+
 import torch
 
 from threedrec.cameras import Cameras, RandomCameraSampler
@@ -9,7 +11,7 @@ from threedrec.image import SupportView
 from threedrec.imagined_views import view_fit
 from threedrec.loop import Loop, StepResult
 from threedrec.optimizer import build_optimizer, scheduled_factor, set_learning_rate
-from threedrec.report import contact_sheet
+from threedrec.report import contact_sheet, to_bytes
 from threedrec.results import save_validation
 from threedrec.run import Run
 from threedrec.steps import Supervision, joined
@@ -61,13 +63,14 @@ class Distillation:
 
     def _save_preview(self, rgb: torch.Tensor, cameras: Cameras, index: int) -> None:
         """What the guidance was shown, and what it would rather see."""
+        self.run.runner.finite.read()
         generator = self.run.generator("preview", index)
         with torch.no_grad():
             wanted = self.guidance.preview(rgb, cameras, index, generator)
         shown = rgb.permute(0, 3, 1, 2)
         shown = torch.nn.functional.interpolate(shown, wanted.shape[1:3], mode="bilinear").permute(0, 2, 3, 1)
         path = self.run.save_dir / f"it{index + 1}-guidance.png"
-        contact_sheet({"seen": shown.cpu(), "wanted": wanted.float().clamp(0, 1).cpu()}, path)
+        self.run.writer.submit(partial(contact_sheet, to_bytes({"seen": shown, "wanted": wanted}), path))
 
 
 def turn(freq: FreqConfig, index: int) -> tuple[bool, bool]:
@@ -92,6 +95,7 @@ def distill(run: Run, stage: str, first: int, last: int) -> int:
 
     def after(count: int) -> None:
         if count % run.config.trainer.val_check_interval == 0 and count < last:
+            run.runner.finite.read()
             save_validation(run, f"it{count}")
 
     def rate(index: int) -> None:

@@ -127,7 +127,7 @@ def process_seconds() -> float | None:
 def _has_begun(run_dir: Path, error: InputError) -> bool:
     """Whether a run that ended with ``error`` left more than preparations: a diverged one has logs to look at."""
     from threedrec.checkpoint import PREPARE, load_checkpoint
-    from threedrec.loop import DivergenceError
+    from threedrec.divergence import DivergenceError
 
     if isinstance(error, DivergenceError):
         return True

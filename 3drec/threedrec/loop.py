@@ -9,15 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from threedrec.checkpoint import Checkpoint, CheckpointKeeper
-from threedrec.errors import InputError
+from threedrec.divergence import FiniteCheck
 from threedrec.host import Interrupted
 from threedrec.loggers import Reporter, Sink
 
 logger = logging.getLogger(__name__)
-
-
-class DivergenceError(InputError):
-    """The optimisation produced values that are not finite."""
 
 
 @dataclass
@@ -67,16 +63,19 @@ class LoopRunner:
         """Called before a checkpoint is written: what a killed run would otherwise lose."""
         self.should_stop: Callable[[], bool] = lambda: False
         """Asked after every step; when true, the loop ends with a checkpoint."""
+        self.finite = FiniteCheck(late=any(parameter.is_cuda for parameter in scene.parameters()))
+        """To be read before anything of a step is kept."""
         self.last_terms: dict[str, float] = {}
 
     def run(self, loop: Loop) -> None:
-        """Do the loop's steps.
+        """Do the loop's steps; what they wrote is on the disk when this returns or raises.
 
         Raises:
             DivergenceError: a loss or a gradient is not finite.
+            InputError: a checkpoint or a picture could not be written.
             Interrupted: ``should_stop`` said so.
         """
-        with self.reporter.stage(loop.stage, loop.last, loop.first) as report:
+        with self.reporter.stage(loop.stage, loop.last, loop.first) as report, self.keeper.writer:
             for step in range(loop.first, loop.last):
                 loop.set_rate(step)
                 result = loop.step(step)
@@ -89,10 +88,12 @@ class LoopRunner:
                     self.save(loop.stage, done, loop.optimizer)
                 if done < loop.last and self.should_stop():
                     self.save(loop.stage, done, loop.optimizer)
+                    self.keeper.writer.finish()  # a full disk is told of; the checkpoint is there otherwise
                     raise Interrupted
 
     def save(self, stage: str, done: int, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Write a checkpoint after ``done`` steps of ``stage``."""
+        """Begin to write a checkpoint after ``done`` steps of ``stage``; what it refers to is written before."""
+        self.finite.read()
         self.before_save()
         for sink in self.sinks:
             sink.flush()
@@ -111,10 +112,7 @@ class LoopRunner:
         loop.optimizer.zero_grad(set_to_none=True)
         result.loss.backward()
         parameters = [p for group in loop.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if not _finite(result.loss, parameters):
-            if not bool(result.loss.detach().isfinite()):
-                raise DivergenceError(_describe(loop.stage, step, result))
-            raise DivergenceError(f"stage {loop.stage}, step {step}: a gradient is not finite; {_ADVICE}")
+        self.finite.ask(f"stage {loop.stage}, step {step}", result.loss, result.terms, parameters)
         if self.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm)
         loop.optimizer.step()
@@ -122,6 +120,7 @@ class LoopRunner:
     def _log(self, stage: str, done: int, result: StepResult, force: bool) -> dict[str, float]:
         """Write the step's values to the loggers when it is their turn; return the newest known values."""
         if force or done % self.log_every_n_steps == 0 or not self.last_terms:
+            self.finite.read()
             values = {"loss": result.loss.detach(), **result.terms}
             self.last_terms = _numbers(values)
             for sink in self.sinks:
@@ -138,18 +137,3 @@ def _numbers(values: dict[str, Tensor | float]) -> dict[str, float]:
         copied = torch.stack([value.double().reshape(()) for value in there.values()]).tolist()
         known |= dict(zip(there, copied, strict=True))
     return {name: known[name] for name in values}
-
-
-_ADVICE = "lower the learning rate (system.optimizer.args.lr)"
-
-
-def _describe(stage: str, step: int, result: StepResult) -> str:
-    bad = [name for name, value in result.terms.items() if not bool(torch.as_tensor(value).isfinite().all())]
-    return f"stage {stage}, step {step}: the loss is not finite ({', '.join(bad) or 'their sum'}); {_ADVICE}"
-
-
-def _finite(loss: Tensor, parameters: list[nn.Parameter]) -> bool:
-    """Whether the loss and all gradients are; one question to the device, since every answer has to be waited for."""
-    # One sum is one pass without a mask, and is not finite as soon as one entry is not.
-    sums = [p.grad.sum() for p in parameters if p.grad is not None]
-    return bool(torch.stack([loss.detach(), *sums]).isfinite().all())

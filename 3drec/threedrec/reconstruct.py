@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from threedrec.background_writer import BackgroundWriter
 from threedrec.checkpoint import PREPARE, CheckpointKeeper, load_checkpoint, load_model
 from threedrec.config_schema import ExperimentConfig, SystemConfig
 from threedrec.distillation import DISTILLATION
@@ -84,7 +85,7 @@ class Reconstruction:
                 continue
             logger.info("stage %s", stage.name)
             again = resumed is not None and resumed.stage == stage.name
-            with run.metrics.stage(stage.name, self.device, resumed=again) as timer:
+            with run.metrics.stage(stage.name, self.device, resumed=again) as timer, run.writer:
                 run.runner.before_save = timer.flush
                 steps = stage.do(run)
                 # A finished stage is not done again, so its numbers must be in the file before the checkpoint says so.
@@ -97,7 +98,8 @@ class Reconstruction:
     def validate(self) -> None:
         """Render the evaluation views of the checkpoint."""
         run = self._open()
-        save_validation(run, "validate")
+        with run.writer:
+            save_validation(run, "validate")
 
     def test(self) -> None:
         """Write the turntable of the checkpoint and compare the reference view."""
@@ -118,14 +120,15 @@ class Reconstruction:
         # No `metrics.stage`: it would leave a file in the folder of a run that was refused.
         timer = StageTimer(metrics, PREPARE, self.device, resumed=self.config.resume is not None)
         run = self._open(metrics, logs=True)
-        save_support_view(run.support, run.save_dir / "input.png")
-        if run.resumed is None and self.config.trainer.num_sanity_val_steps > 0:
-            save_validation(run, "it0")
-        if startup is not None and run.resumed is None:
-            metrics.update({"stages.startup": startup})
-        timer.flush()
-        if run.resumed is None:
-            run.runner.save(PREPARE, 0)
+        with run.writer:
+            save_support_view(run.support, run.save_dir / "input.png")
+            if run.resumed is None and self.config.trainer.num_sanity_val_steps > 0:
+                save_validation(run, "it0")
+            if startup is not None and run.resumed is None:
+                metrics.update({"stages.startup": startup})
+            timer.flush()
+            if run.resumed is None:
+                run.runner.save(PREPARE, 0)
         return run
 
     def _open(self, metrics: MetricsFile | None = None, logs: bool = False) -> Run:
@@ -141,7 +144,9 @@ class Reconstruction:
         scene = Scene(config.system, config.seed).to(self.device)
         check_groups(scene.renderer, config.system.optimizer)
         keep = config.checkpoint
-        keeper = CheckpointKeeper(self.run_dir / "ckpts", keep.every_n_train_steps, keep.save_last, keep.save_top_k)
+        keeper = CheckpointKeeper(
+            self.run_dir / "ckpts", BackgroundWriter(), keep.every_n_train_steps, keep.save_last, keep.save_top_k
+        )
         reporter = Reporter(config.trainer.enable_progress_bar, listener=self.host.progress)
         trainer, sinks = config.trainer, file_loggers(self.run_dir) if logs else []
         runner = LoopRunner(sinks, scene, keeper, reporter, trainer.log_every_n_steps, trainer.gradient_clip_val)

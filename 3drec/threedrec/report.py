@@ -15,6 +15,8 @@ from threedrec.video import write_video
 
 _DEPTH_ANCHORS = ((0.99, 0.91, 0.15), (0.37, 0.79, 0.38), (0.13, 0.57, 0.55), (0.23, 0.32, 0.55), (0.27, 0.00, 0.33))
 """Near to far, evenly spaced: yellow to violet, of even steps in lightness (viridis, reversed)."""
+CELL = 128
+"""Pixels: the height of a view in a sheet."""
 _GAP = 4
 _LABEL = 16
 
@@ -48,6 +50,23 @@ def to_rgb(
 
 
 @torch.no_grad()
+def to_bytes(frames: Mapping[str, Images]) -> dict[str, UInt8[Tensor, "T H W 3"]]:
+    """Return the pictures of `to_rgb` as bytes on the host, made where the frames are and copied a row at a time.
+
+    A sheet of them needs no device any more, so that another thread can draw it.
+    """
+    raw = {name: images.detach().float() for name, images in frames.items() if images.dtype != torch.uint8}
+    depths = depth_range(raw) if "depth" in raw else None
+    pictures = {name: images.cpu() for name, images in frames.items() if name not in raw}
+    for name in raw:
+        shown = {key: raw[key] for key in (name, "opacity") if key in raw}
+        # Frame by frame, since a video of floats would fill the memory.
+        frame_by_frame = ({key: value[i : i + 1] for key, value in shown.items()} for i in range(len(raw[name])))
+        pictures[name] = torch.cat([_rounded(to_rgb(frame, depths)[name]) for frame in frame_by_frame]).cpu()
+    return {name: pictures[name] for name in frames}
+
+
+@torch.no_grad()
 def side_by_side(
     frames: Mapping[str, Float[Tensor, "T H W C"]], depth_range: tuple[float, float] | None = None
 ) -> UInt8[np.ndarray, "T H W2 3"]:
@@ -72,7 +91,7 @@ def contact_sheet(
     rows: Mapping[str, Images],
     path: str | os.PathLike[str],
     columns: Sequence[str] | None = None,
-    cell: int = 128,
+    cell: int = CELL,
 ) -> Path:
     """Write a PNG with one row per entry of ``rows`` (see :func:`to_rgb`) and one labelled column per view.
 
@@ -153,21 +172,7 @@ def _write_sheet(
 
 
 def _pictures(frames: Mapping[str, Images]) -> dict[str, UInt8[np.ndarray, "T H W 3"]]:
-    """Pictures as bytes; frame by frame, since a video of floats would fill the memory."""
-    raw = {name: images.detach().float() for name, images in frames.items() if images.dtype != torch.uint8}
-    depths = depth_range(raw) if "depth" in raw else None
-    pictures = {}
-    for name, images in frames.items():
-        if name not in raw:
-            pictures[name] = images.cpu().numpy()
-            continue
-        shown = {key: raw[key] for key in (name, "opacity") if key in raw}
-        parts = [
-            _bytes(to_rgb({key: value[i : i + 1] for key, value in shown.items()}, depths)[name])
-            for i in range(len(images))
-        ]
-        pictures[name] = np.concatenate(parts)
-    return pictures
+    return {name: images.numpy() for name, images in to_bytes(frames).items()}
 
 
 def _seen(images: Tensor, opacity: Tensor | None) -> Tensor:
@@ -198,6 +203,10 @@ def _resized(picture: UInt8[np.ndarray, "H W 3"], height: int) -> UInt8[np.ndarr
 
 
 def _bytes(images: Images) -> UInt8[np.ndarray, "N H W 3"]:
+    return _rounded(images).cpu().numpy()
+
+
+def _rounded(images: Images) -> UInt8[Tensor, "N H W 3"]:
     if images.dtype == torch.uint8:
-        return images.cpu().numpy()
-    return (images.detach().float().nan_to_num(0.0).clamp(0.0, 1.0) * 255.0).round().to(torch.uint8).cpu().numpy()
+        return images
+    return (images.detach().float().nan_to_num(0.0).clamp(0.0, 1.0) * 255.0).round().to(torch.uint8)

@@ -1,6 +1,7 @@
 """What comes out: pictures of the scene, numbers against the reference, the turntable and the mesh."""
 
 import logging
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from threedrec import registry
 from threedrec.cameras import Cameras, turntable
 from threedrec.errors import InputError
 from threedrec.metrics import mask_iou, psnr, ssim
-from threedrec.report import before_after_sheet, contact_sheet, depth_range, side_by_side
+from threedrec.report import CELL, before_after_sheet, contact_sheet, depth_range, side_by_side, to_bytes
 from threedrec.run import Run
 from threedrec.video import BackgroundVideo
 
@@ -21,11 +22,15 @@ _ROWS = ("rgb", "normal", "depth", "opacity")
 
 
 def save_validation(run: Run, name: str) -> None:
-    """Write ``save/<name>-val.png``: the evaluation views as they are now."""
+    """Render the evaluation views as they are now; the run's writer makes ``save/<name>-val.png`` of them."""
     config = run.config.data.random_camera
-    cameras = turntable(config, config.n_val_views, config.eval_height, config.eval_width)
+    # Two rays a side of a sheet's pixel make it smooth; more would cost the run their square, and not be seen.
+    shrunk = min(1.0, 2 * CELL / config.eval_height)
+    height, width = round(shrunk * config.eval_height), max(round(shrunk * config.eval_width), 1)
+    cameras = turntable(config, config.n_val_views, height, width)
     frames = run.scene.views(cameras)
-    contact_sheet({row: frames[row].cpu() for row in _ROWS}, run.save_dir / f"{name}-val.png", _labels(cameras))
+    pictures = to_bytes({row: frames[row] for row in _ROWS})
+    run.writer.submit(partial(contact_sheet, pictures, run.save_dir / f"{name}-val.png", _labels(cameras)))
 
 
 def test(run: Run) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from threedrec.background_writer import BackgroundWriter
 from threedrec.checkpoint import Checkpoint, CheckpointKeeper, step_generator
 from threedrec.confidence import Confidence
 from threedrec.config_schema import ExperimentConfig
@@ -55,6 +56,11 @@ class Run:
     def save_dir(self) -> Path:
         """Where results go."""
         return self.run_dir / "save"
+
+    @property
+    def writer(self) -> BackgroundWriter:
+        """What writes pictures and checkpoints, in their order."""
+        return self.keeper.writer
 
     @property
     def warm_start(self) -> WarmStartConfig | None:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from threedrec.background_writer import BackgroundWriter
 from threedrec.checkpoint import (
     Checkpoint,
     CheckpointKeeper,
@@ -99,16 +100,17 @@ def test_random_draws_depend_on_seed_stage_and_step_alone():
 
 
 def test_numbered_checkpoints_are_kept_as_asked(tmp_path):
-    keeper = CheckpointKeeper(tmp_path, every_n_steps=2, save_top_k=2)
+    keeper = CheckpointKeeper(tmp_path, BackgroundWriter(), every_n_steps=2, save_top_k=2)
     for step in range(1, 9):
         if keeper.due(step):
             keeper.save(some_checkpoint("fit", step))
+    keeper.writer.finish()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["fit-000006.ckpt", "fit-000008.ckpt", "last.ckpt"]
     assert load_checkpoint(keeper.last).step == 8
 
 
 def test_a_checkpoint_is_due_when_the_last_is_old(tmp_path, monkeypatch):
-    keeper = CheckpointKeeper(tmp_path, every_n_steps=100)
+    keeper = CheckpointKeeper(tmp_path, BackgroundWriter(), every_n_steps=100)
     assert not keeper.due(1)
     monkeypatch.setattr("threedrec.checkpoint.SECONDS_BETWEEN", 0.0)
     assert keeper.due(1)

@@ -9,8 +9,8 @@ from PIL import Image
 
 from threedrec import cli, registry
 from threedrec.config import load_config
+from threedrec.divergence import DivergenceError
 from threedrec.errors import InputError
-from threedrec.loop import DivergenceError
 from threedrec.reconstruct import Reconstruction
 
 MODES = ("train", "validate", "test", "export")

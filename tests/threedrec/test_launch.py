@@ -7,10 +7,10 @@ import torch
 
 from threedrec.checkpoint import Checkpoint, save_checkpoint
 from threedrec.config_schema import ExperimentConfig
+from threedrec.divergence import DivergenceError
 from threedrec.errors import InputError
 from threedrec.launch import _has_begun, choose_device, ensure_writable, newest_checkpoint, open_run
 from threedrec.lookup import find_path, output_root, repository_root
-from threedrec.loop import DivergenceError
 
 as_root = pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 

@@ -11,10 +11,11 @@ import torch
 import trimesh
 from tiny_run import Reconstruction, tiny_config, write_inputs
 
+from threedrec.divergence import DivergenceError, FiniteCheck
 from threedrec.errors import InputError
 from threedrec.image import load_support_view
 from threedrec.imagined_views import sample_views
-from threedrec.loop import DivergenceError
+from threedrec.loop import LoopRunner
 from threedrec.results import save_reference_metrics
 
 STAGES = ["prepare", "views", "fit", "coarse", "fine", "test", "mesh"]
@@ -232,6 +233,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     config.system.loss.lambda_rgb = float("nan")
     with pytest.raises(DivergenceError, match="stage coarse, step 0: the loss is not finite"):
         Reconstruction(config, tmp_path / "run", "cpu").train()
+
+
+@pytest.mark.parametrize("picture", ["trainer.val_check_interval=2", "system.freq.guidance_eval=3"])
+def test_no_picture_is_made_after_a_step_that_was_not_finite(tmp_path, monkeypatch, picture):
+    def poisoned(self, loop, result, index, usual=LoopRunner._descend):
+        result.loss = result.loss * (float("nan") if (loop.stage, index) == ("coarse", 1) else 1.0)
+        usual(self, loop, result, index)
+
+    monkeypatch.setattr(LoopRunner, "_descend", poisoned)
+    monkeypatch.setattr("threedrec.loop.FiniteCheck", lambda late: FiniteCheck(late=True))
+    others = ["trainer.val_check_interval=9", "system.freq.guidance_eval=9", "checkpoint.every_n_train_steps=9"]
+    changes = ["system.guidance.warm_start.enabled=false", "trainer.log_every_n_steps=9", *others, picture]
+    with pytest.raises(DivergenceError, match="stage coarse, step 1: "):
+        Reconstruction(tiny_config(write_inputs(tmp_path), *changes), tmp_path / "run", "cpu").train()
+    assert [file.name for file in (tmp_path / "run" / "save").iterdir()] == ["input.png"]
 
 
 @pytest.mark.parametrize("clip", ["null", "1.0"])

@@ -77,9 +77,9 @@ def test_killed_between_stages(uninterrupted, tmp_path, monkeypatch, stage):
     assert_same(tmp_path / "run", expected)
 
 
-def test_killed_by_the_system(uninterrupted, tmp_path):
+def test_killed_by_the_system_while_a_checkpoint_is_written(uninterrupted, tmp_path):
     config, expected = uninterrupted
-    program = [sys.executable, str(Path(tiny_run.__file__)), str(config), str(tmp_path / "run"), "fine", "3"]
+    program = [sys.executable, str(Path(tiny_run.__file__)), str(config), str(tmp_path / "run"), "fine", "4"]
     killed = subprocess.run(program, capture_output=True, text=True, timeout=300)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (tmp_path / "run" / "save" / "model.glb").exists()

@@ -108,8 +108,8 @@ def kind_of(error: BaseException) -> str:
     if isinstance(error, BadImageError):
         return "input"
     # Not imported for this: an error of a module's comes from a module that is there.
-    loop, torch = sys.modules.get("threedrec.loop"), sys.modules.get("torch")
-    if loop is not None and isinstance(error, loop.DivergenceError):
+    divergence, torch = sys.modules.get("threedrec.divergence"), sys.modules.get("torch")
+    if divergence is not None and isinstance(error, divergence.DivergenceError):
         return "diverged"
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.cuda.OutOfMemoryError)):
         return "memory"
