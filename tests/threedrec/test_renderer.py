@@ -80,6 +80,27 @@ def test_chunks_do_not_change_the_picture():
     assert model.training, "rendering a picture leaves the mode as it was"
 
 
+def test_pictures_may_have_more_samples_than_training():
+    few, many = build({"num_samples_per_ray": 24}), build({"num_samples_per_ray": 240})
+    both = build({"num_samples_per_ray": 24, "eval_num_samples_per_ray": 240})
+    for model in (few, many):
+        both.load_state_dict(model.state_dict())
+    rays = flat_rays()
+    counts = {}
+    for training, twin in ((True, few), (False, many)):
+        for model in (both, twin):
+            model.train(training)
+            model.refresh(torch.Generator().manual_seed(0))
+        out, expected = (model(*rays, generator=torch.Generator().manual_seed(1)) for model in (both, twin))
+        counts[training] = len(out.samples.weights)
+        if training:
+            torch.testing.assert_close(out.rgb, expected.rgb)
+        else:
+            # The grid looks at the density of a longer step, so that it holds no fewer cells.
+            torch.testing.assert_close(out.opacity, expected.opacity, atol=2e-3, rtol=0)
+    assert counts[False] > 5 * counts[True]
+
+
 def test_skipping_empty_space_does_not_change_the_picture():
     cameras = orbit_cameras(10.0, 40.0, 1.5, 49.1, 16, 16)
     # relu makes the outside exactly empty, and without a threshold the grid keeps all that is not.

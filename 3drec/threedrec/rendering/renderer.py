@@ -89,6 +89,9 @@ class VolumeRenderer(nn.Module):
         radius: float = 1.0
         num_samples_per_ray: int = 512
         """Steps along the diagonal of the box."""
+        eval_num_samples_per_ray: int = 0
+        """The same for pictures, 0 for as many. Training moves samples at random; in a picture they lie in planes, and
+        what is thinner than a step breaks into pieces between them."""
         eval_chunk_size: int = 160000
         """Points per call of the networks where no gradient flows; at least `LOOKUP_CHUNK` with Triton kernels."""
         train_chunk_size: int = 0
@@ -125,8 +128,9 @@ class VolumeRenderer(nn.Module):
             for name in (*counts, "normal_perturb_stride"):
                 if getattr(self, name) < 1:
                     raise InputError(f"renderer.{name}: must be at least 1, got {getattr(self, name)}")
-            if self.train_chunk_size < 0:
-                raise InputError(f"renderer.train_chunk_size: must be 0 or more, got {self.train_chunk_size}")
+            for name in ("train_chunk_size", "eval_num_samples_per_ray"):
+                if getattr(self, name) < 0:
+                    raise InputError(f"renderer.{name}: must be 0 or more, got {getattr(self, name)}")
             if self.radius <= 0:
                 raise InputError(f"renderer.radius: must be above zero, got {self.radius}")
 
@@ -141,6 +145,7 @@ class VolumeRenderer(nn.Module):
         self.config = config
         self.geometry, self.material, self.background = geometry, material, background
         self.step_size = step_length(config.radius, config.num_samples_per_ray)
+        self.eval_step_size = step_length(config.radius, config.eval_num_samples_per_ray or config.num_samples_per_ray)
         self.grid = OccupancyGrid(
             config.occupancy_resolution,
             config.radius,
@@ -229,21 +234,22 @@ class VolumeRenderer(nn.Module):
         This asks the field for densities without gradient first; a third of the full cost at most, and what it removes
         (most of what lies behind the first surface) then needs no colour, no normal and no backward pass.
         """
-        config = self.config
+        config, step = self.config, self._step_size
         jitter = None
         if self.training and config.randomized:
             device = rays_o.device if generator is None else generator.device
             jitter = torch.rand(len(rays_o), generator=generator, device=device).to(rays_o)
         min_opacity = 0.0
         if config.prune_alpha_threshold and config.grid_prune:
-            min_opacity = min(config.occupancy_threshold, self.grid.mean_opacity)
-        limits = (self.step_size, config.near_plane, config.far_plane)
+            # Of the grid's steps; a shorter one is as opaque in proportion.
+            min_opacity = min(config.occupancy_threshold, self.grid.mean_opacity) * step / self.step_size
+        limits = (step, config.near_plane, config.far_plane)
         if self._packs(rays_o.device):
             from threedrec.rendering.packed_triton import march_packed, visible_packed
 
             starts, points, offsets = march_packed(rays_o, rays_d, self.grid, *limits, jitter, config.grid_prune)
             return visible_packed(
-                self._densities(points), starts, offsets, self.step_size, MIN_TRANSMITTANCE, min_opacity
+                self._densities(points), starts, offsets, step, MIN_TRANSMITTANCE, min_opacity
             )
         intervals = march(rays_o, rays_d, self.grid, *limits, jitter, config.grid_prune)
         points = rays_o[intervals.ray_indices] + intervals.middles[:, None] * rays_d[intervals.ray_indices]
@@ -275,7 +281,8 @@ class VolumeRenderer(nn.Module):
         """
         if chunk_rays is None:
             samples = 2**26 if next(self.parameters()).is_cuda else 2**21
-            chunk_rays = max(1024, samples // self.config.num_samples_per_ray)
+            config = self.config
+            chunk_rays = max(1024, samples // (config.eval_num_samples_per_ray or config.num_samples_per_ray))
         was_training = self.training
         self.eval()
         try:
@@ -307,6 +314,10 @@ class VolumeRenderer(nn.Module):
                 parts.setdefault(name, []).append(getattr(output, name))
         return {name: torch.cat(values) for name, values in parts.items()}
 
+    @property
+    def _step_size(self) -> float:
+        return self.step_size if self.training else self.eval_step_size
+
     def _packs(self, device: torch.device) -> bool:
         return use_triton(self.config.backend, device, None, "renderer")
 
@@ -322,7 +333,7 @@ class VolumeRenderer(nn.Module):
         if self._packs(colors.device):
             from threedrec.rendering.packed_triton import composite_packed
 
-            return composite_packed(field.density, self.step_size, *values, rays, n_rays)
+            return composite_packed(field.density, self._step_size, *values, rays, n_rays)
         return composite(field.density, intervals.lengths, *values, rays, n_rays)
 
     def _field(self, points: Float[Tensor, "N 3"], normals: bool) -> FieldOutput:
