@@ -23,9 +23,9 @@ def positional_features(
 ) -> dict[int, Float[Tensor, "rows tokens dim"]]:
     """What `NVSAdapter.positional_features` returns, for a network of ``dtype``.
 
-    Where that is half precision on a GPU, products have factors in float16 and sums in float32. That is as exact as
-    TF32, which convolutions of float32 run in there: both keep ten bits, and no embedding or weight is beyond what
-    float16 holds.
+    Where that is half precision on a GPU, products have factors and results in float16. Factors are as exact as those
+    of TF32, which convolutions of float32 run in there: both keep ten bits, and no embedding or weight is beyond what
+    float16 holds. Results become half precision for the network anyway.
     """
     if not rays.is_cuda or dtype.itemsize != 2:
         return adapter.positional_features(rays)

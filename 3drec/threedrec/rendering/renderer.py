@@ -32,6 +32,8 @@ TRITON_CHUNK = {True: 3 * 2**20, False: 3 * 2**19}
 normals; if the networks have kernels too, and if they are plain PyTorch."""
 TRITON_BYTES = {True: 1400, False: 2800}
 """Of a point's graph and of what its backward pass adds, with normals and two layers of 64 neurons, for both cases."""
+OPAQUE = 0.99
+"""From there on a ray of a picture needs no second look."""
 KEPT_SHARE = 64
 """The lookups of parts whose graph is not held are kept, up to this part of a GPU's memory."""
 MIN_TRANSMITTANCE = 1e-4
@@ -90,8 +92,8 @@ class VolumeRenderer(nn.Module):
         num_samples_per_ray: int = 512
         """Steps along the diagonal of the box."""
         eval_num_samples_per_ray: int = 0
-        """The same for pictures, 0 for as many. Training moves samples at random; in a picture they lie in planes, and
-        what is thinner than a step breaks into pieces between them."""
+        """The same for a second look, in pictures, along rays that are not opaque at the first; 0 for none. Training
+        moves samples at random; in a picture they lie in planes, and what is thinner than a step breaks into pieces."""
         eval_chunk_size: int = 160000
         """Points per call of the networks where no gradient flows; at least `LOOKUP_CHUNK` with Triton kernels."""
         train_chunk_size: int = 0
@@ -145,7 +147,6 @@ class VolumeRenderer(nn.Module):
         self.config = config
         self.geometry, self.material, self.background = geometry, material, background
         self.step_size = step_length(config.radius, config.num_samples_per_ray)
-        self.eval_step_size = step_length(config.radius, config.eval_num_samples_per_ray or config.num_samples_per_ray)
         self.grid = OccupancyGrid(
             config.occupancy_resolution,
             config.radius,
@@ -181,6 +182,7 @@ class VolumeRenderer(nn.Module):
         normals: bool = False,
         bg_color: Float[Tensor, "R 3"] | None = None,
         intervals: Intervals | None = None,
+        step_size: float | None = None,
     ) -> RenderOutput:
         """Render rays.
 
@@ -193,11 +195,12 @@ class VolumeRenderer(nn.Module):
             normals: also return normals.
             bg_color: overrides the background.
             intervals: what :meth:`sample` has found for these rays, if it was asked before.
+            step_size: length of a step, world units, instead of the configured one.
         """
         shading = self.material.choose(shading, generator)
         wanted = normals or self.material.requires_normal(shading, ambient_ratio)
         if intervals is None:
-            intervals = self.sample(rays_o, rays_d, generator)
+            intervals = self.sample(rays_o, rays_d, generator, step_size)
         rays = intervals.ray_indices
         dirs, distances = rays_d[rays], intervals.middles[:, None]
         points = rays_o[rays] + distances * dirs
@@ -210,7 +213,7 @@ class VolumeRenderer(nn.Module):
         if field.normal is not None and self.training and self.config.return_normal_perturb:
             some = self._some(generator)
             perturbed = self._normal(points[some] + PERTURBATION * _normal_like(points[some], generator))
-        weights, sums = self._sums(field, intervals, distances, colors, len(rays_o))
+        weights, sums = self._sums(field, intervals, distances, colors, len(rays_o), step_size)
         samples = Samples(
             weights[:, None],
             field.density,
@@ -227,14 +230,18 @@ class VolumeRenderer(nn.Module):
 
     @torch.no_grad()
     def sample(
-        self, rays_o: Float[Tensor, "R 3"], rays_d: Float[Tensor, "R 3"], generator: torch.Generator | None = None
+        self,
+        rays_o: Float[Tensor, "R 3"],
+        rays_d: Float[Tensor, "R 3"],
+        generator: torch.Generator | None = None,
+        step_size: float | None = None,
     ) -> Intervals:
         """Return the samples that can be seen: in occupied cells, not clear, and reached by at least 1e-4 of the light.
 
         This asks the field for densities without gradient first; a third of the full cost at most, and what it removes
         (most of what lies behind the first surface) then needs no colour, no normal and no backward pass.
         """
-        config, step = self.config, self._step_size
+        config, step = self.config, step_size or self.step_size
         jitter = None
         if self.training and config.randomized:
             device = rays_o.device if generator is None else generator.device
@@ -248,9 +255,7 @@ class VolumeRenderer(nn.Module):
             from threedrec.rendering.packed_triton import march_packed, visible_packed
 
             starts, points, offsets = march_packed(rays_o, rays_d, self.grid, *limits, jitter, config.grid_prune)
-            return visible_packed(
-                self._densities(points), starts, offsets, step, MIN_TRANSMITTANCE, min_opacity
-            )
+            return visible_packed(self._densities(points), starts, offsets, step, MIN_TRANSMITTANCE, min_opacity)
         intervals = march(rays_o, rays_d, self.grid, *limits, jitter, config.grid_prune)
         points = rays_o[intervals.ray_indices] + intervals.middles[:, None] * rays_d[intervals.ray_indices]
         density = self._densities(points)
@@ -282,7 +287,7 @@ class VolumeRenderer(nn.Module):
         if chunk_rays is None:
             samples = 2**26 if next(self.parameters()).is_cuda else 2**21
             config = self.config
-            chunk_rays = max(1024, samples // (config.eval_num_samples_per_ray or config.num_samples_per_ray))
+            chunk_rays = max(1024, samples // max(config.num_samples_per_ray, config.eval_num_samples_per_ray))
         was_training = self.training
         self.eval()
         try:
@@ -300,8 +305,9 @@ class VolumeRenderer(nn.Module):
     ) -> dict[str, Tensor]:
         rays_o, rays_d = (rays.reshape(-1, 3) for rays in camera.rays())
         lights = camera.light_positions
-        parts: dict[str, list[Tensor]] = {}
-        for origins, directions in zip(rays_o.split(chunk_rays), rays_d.split(chunk_rays), strict=True):
+        names = ("rgb", "opacity", "depth", *(["normal"] if normals else []))
+
+        def look(origins: Tensor, directions: Tensor, step_size: float | None = None) -> dict[str, Tensor]:
             output = self(
                 origins,
                 directions,
@@ -309,14 +315,20 @@ class VolumeRenderer(nn.Module):
                 ambient_ratio=ambient_ratio,
                 shading=shading,
                 normals=normals,
+                step_size=step_size,
             )
-            for name in ("rgb", "opacity", "depth", *(["normal"] if normals else [])):
-                parts.setdefault(name, []).append(getattr(output, name))
-        return {name: torch.cat(values) for name, values in parts.items()}
+            return {name: getattr(output, name) for name in names}
 
-    @property
-    def _step_size(self) -> float:
-        return self.step_size if self.training else self.eval_step_size
+        parts, config = [], self.config
+        finer = step_length(config.radius, max(config.num_samples_per_ray, config.eval_num_samples_per_ray))
+        for origins, directions in zip(rays_o.split(chunk_rays), rays_d.split(chunk_rays), strict=True):
+            part = look(origins, directions)
+            if finer < self.step_size:
+                again = (part["opacity"][:, 0] < OPAQUE).nonzero()[:, 0]
+                for name, values in look(origins[again], directions[again], finer).items():
+                    part[name][again] = values
+            parts.append(part)
+        return {name: torch.cat([part[name] for part in parts]) for name in names}
 
     def _packs(self, device: torch.device) -> bool:
         return use_triton(self.config.backend, device, None, "renderer")
@@ -326,14 +338,20 @@ class VolumeRenderer(nn.Module):
         return torch.cat(parts)
 
     def _sums(
-        self, field: FieldOutput, intervals: Intervals, distances: Tensor, colors: Tensor, n_rays: int
+        self,
+        field: FieldOutput,
+        intervals: Intervals,
+        distances: Tensor,
+        colors: Tensor,
+        n_rays: int,
+        step_size: float | None,
     ) -> tuple[Tensor, Tensor]:
         """Weights of the samples, and what `composite` sums along the rays."""
         values, rays = (distances, colors, field.normal), intervals.ray_indices
         if self._packs(colors.device):
             from threedrec.rendering.packed_triton import composite_packed
 
-            return composite_packed(field.density, self._step_size, *values, rays, n_rays)
+            return composite_packed(field.density, step_size or self.step_size, *values, rays, n_rays)
         return composite(field.density, intervals.lengths, *values, rays, n_rays)
 
     def _field(self, points: Float[Tensor, "N 3"], normals: bool) -> FieldOutput:
