@@ -45,7 +45,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 WEIGHTS = "random_step_1.ckpt"
 SHORT_STEPS = 30
 SETTLED = ("system.geometry.density_blob_scale=200.0", "system.optimizer.args.lr=1.0e-12")
-"""A solid ball in place of fog, for good: no float32 is changed by so small a step."""
+"""A solid ball in place of fog, for good: so small a step changes nothing that is seen."""
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

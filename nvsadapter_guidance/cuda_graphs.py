@@ -4,6 +4,7 @@ A graph replays fixed work on fixed addresses. Inputs are therefore copied into 
 copied out of it; weights are read where they lay at capture, and a graph whose weights have moved is thrown away.
 """
 
+import functools
 import logging
 import threading
 from collections import OrderedDict
@@ -87,9 +88,15 @@ class _SearchSwitch:
 _SEARCH = _SearchSwitch()
 
 
+@functools.cache
+def side_stream(device: int) -> torch.cuda.Stream:
+    """The one stream beside the usual one: libraries keep a workspace for every stream they have seen, for good."""
+    return torch.cuda.Stream(device)
+
+
 def capture(function: Callable[[], Any], pool: Any, warm_ups: int = WARM_UPS) -> tuple[torch.cuda.CUDAGraph, Any]:
     """Run ``function`` a few times on a side stream, then capture it; the graph and what the function returned."""
-    stream, side = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream, side = torch.cuda.current_stream(), side_stream(torch.cuda.current_device())
     side.wait_stream(stream)
     with torch.cuda.stream(side):
         for _ in range(warm_ups):
@@ -116,7 +123,7 @@ class Beside:
         if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
             self._result = function()
             return
-        self._side = torch.cuda.Stream()
+        self._side = side_stream(torch.cuda.current_device())
         self._side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._side):
             self._result = function()

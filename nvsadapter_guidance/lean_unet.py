@@ -97,7 +97,7 @@ def _transform(attention: Any, x: Float[Tensor, "rows C h w"], context: ViewCont
     tokens = tokens.permute(0, 2, 3, 1).flatten(1, 2)
     tokens = attention.proj_in(tokens) if linear else tokens.contiguous()
     for block in attention.transformer_blocks:
-        if context.folded is not None and block.merged_self is not None and can_run_lean_block(block):
+        if context.folded is not None and _runs_lean(block, tokens):
             tokens = lean_block(block, tokens, context, context.folded)
         else:
             tokens = block(tokens, cross_attention_kwargs={CONTEXT_KEY: context})
@@ -105,3 +105,9 @@ def _transform(attention: Any, x: Float[Tensor, "rows C h w"], context: ViewCont
         tokens = attention.proj_out(tokens)
     grid = tokens.unflatten(1, x.shape[-2:]).permute(0, 3, 1, 2)
     return x + (grid if linear else attention.proj_out(grid))
+
+
+def _runs_lean(block: Any, tokens: Tensor) -> bool:
+    # What works in place knows nothing of autocast.
+    merged = block.merged_self is not None and not torch.is_autocast_enabled(tokens.device.type)
+    return merged and can_run_lean_block(block)

@@ -7,6 +7,8 @@ released weights fill the same class at full size.
 import dataclasses
 import json
 import logging
+import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -210,11 +212,22 @@ class NVSModel(nn.Module):
         return torch.randn(like.shape, generator=generator, device=like.device).to(like.dtype)
 
     def save(self, folder: Path) -> None:
-        """Write ``config.json`` and the eight-bit weights into ``folder``."""
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write ``config.json`` and the eight-bit weights into ``folder``, both or none.
+
+        Raises:
+            InputError: they cannot be written.
+        """
         self.config.vae["scaling_factor"] = self.vae.config.scaling_factor
-        (folder / CONFIG_NAME).write_text(json.dumps(dataclasses.asdict(self.config), indent=1) + "\n")
-        save_file(quantise_state_dict(self.state_dict(), half=HALF_PRECISION), folder / WEIGHTS_NAME)
+        text = json.dumps(dataclasses.asdict(self.config), indent=1) + "\n"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                save_file(quantise_state_dict(self.state_dict(), half=HALF_PRECISION), Path(scratch) / WEIGHTS_NAME)
+                (Path(scratch) / CONFIG_NAME).write_text(text)
+                for name in (WEIGHTS_NAME, CONFIG_NAME):
+                    os.replace(Path(scratch) / name, folder / name)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{folder}: a model cannot be written there ({error}); choose another folder") from error
 
     @classmethod
     def load(cls, folder: Path = MINI_MODEL) -> "NVSModel":

@@ -23,11 +23,11 @@ def positional_features(
 ) -> dict[int, Float[Tensor, "rows tokens dim"]]:
     """What `NVSAdapter.positional_features` returns, for a network of ``dtype``.
 
-    Where that is half precision on a GPU, products have factors and results in float16. Factors are as exact as those
-    of TF32, which convolutions of float32 run in there: both keep ten bits, and no embedding or weight is beyond what
-    float16 holds. Results become half precision for the network anyway.
+    Where that is half precision, products have factors and results in float16. Factors are as exact as those of TF32,
+    which convolutions of float32 run in on a GPU: both keep ten bits, and no embedding or weight is beyond what float16
+    holds. Results become half precision for the network anyway.
     """
-    if not rays.is_cuda or dtype.itemsize != 2:
+    if dtype.itemsize != 2:
         return adapter.positional_features(rays)
     halved = rays.half()
     return {level: convolve_patches(cast(nn.Conv2d, adapter.ray_convs[level]), halved) for level in adapter.levels}

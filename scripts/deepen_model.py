@@ -21,8 +21,8 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="of the new layers (default 0)")
     arguments = parser.parse_args()
-    torch.manual_seed(arguments.seed)
     try:
+        torch.manual_seed(arguments.seed)
         deepen(NVSModel.load(arguments.model)).save(arguments.output)
     except (InputError, ValueError) as error:
         parser.error(str(error))

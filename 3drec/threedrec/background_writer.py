@@ -35,9 +35,17 @@ class BackgroundWriter:
         Raises:
             Exception: whatever an earlier job raised.
         """
-        self._wait(self._limit - 1)
+        self.make_room()
         before = self._jobs[-1] if self._jobs else None
         self._jobs.append(self._thread.submit(_do, before, job))
+
+    def make_room(self) -> None:
+        """Wait until another job would not be one too many.
+
+        Raises:
+            Exception: whatever an earlier job raised.
+        """
+        self._wait(self._limit - 1)
 
     def finish(self) -> None:
         """Wait until all jobs are done.

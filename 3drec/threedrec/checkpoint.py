@@ -141,18 +141,23 @@ class CheckpointKeeper:
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Write ``last.ckpt`` and, every N steps, a numbered one, of the state as it is now; `writer` does the work."""
-        self.writer.submit(partial(self._write, checkpoint.snapshot()))
+        if self.save_last or self._keeps(checkpoint.step):
+            self.writer.make_room()  # before there is another copy of the state
+            self.writer.submit(partial(self._write, checkpoint.snapshot()))
         self._saved = time.monotonic()
 
     def _write(self, checkpoint: Checkpoint) -> None:
         if self.save_last:
             save_checkpoint(self.last, checkpoint)
-        if self._numbered(checkpoint.step) and self.save_top_k != 0:
+        if self._keeps(checkpoint.step):
             save_checkpoint(self.folder / f"{checkpoint.stage}-{checkpoint.step:06d}.ckpt", checkpoint)
             self._prune()
 
     def _numbered(self, step: int) -> bool:
         return self.every_n_steps > 0 and step > 0 and step % self.every_n_steps == 0
+
+    def _keeps(self, step: int) -> bool:
+        return self._numbered(step) and self.save_top_k != 0
 
     def _prune(self) -> None:
         if self.save_top_k < 0:

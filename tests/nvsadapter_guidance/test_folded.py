@@ -27,14 +27,15 @@ def build(text_tokens: int, unconditional: str, unet: dict[str, Any] | None = No
 
 def conditions_of(model: NVSModel, seed: int = 3) -> SupportConditions:
     size = model.config.image_size
-    image = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(seed)).double() * 2 - 1
+    image = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+    image = image.to(model.vae.dtype)
     return prepare(model, image, SUPPORT, torch.Generator().manual_seed(0))
 
 
 @torch.no_grad()
 def predict(model: NVSModel, conditions: SupportConditions, scale: float = 3.0) -> Tensor:
     draw = torch.Generator().manual_seed(1)
-    noisy = torch.randn(GROUPS, VIEWS, 4, 8, 8, generator=draw, dtype=torch.float64)
+    noisy = torch.randn(GROUPS, VIEWS, 4, 8, 8, generator=draw, dtype=torch.float64).to(model.vae.dtype)
     azimuth = torch.linspace(-150, 150, GROUPS * VIEWS)
     poses = Poses(azimuth, 0.1 * azimuth, torch.full_like(azimuth, 1.6)).groups(VIEWS)
     timesteps = torch.tensor([100, 500, 900])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nvsadapter_guidance import lean_unet
 from nvsadapter_guidance.lean_block import can_run_lean_block, merge
 from nvsadapter_guidance.model import NVSModel
-from nvsadapter_guidance.ray_patches import convolve_patches
+from nvsadapter_guidance.ray_patches import convolve_patches, positional_features
 from nvsadapter_guidance.token_ops import normalise, place
 from nvsadapter_guidance.triton_support import is_interpreted
 
@@ -47,6 +47,15 @@ def test_every_block_is_lean_and_equals_its_twin(
     tolerance = 1e-5 if is_interpreted() else 1e-9  # kernels compute in float32
     torch.testing.assert_close(found, predict(model, conditions), atol=tolerance, rtol=tolerance)
     assert len(calls) == len(blocks_of(model))
+
+
+def test_under_autocast_blocks_run_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(5, "noise").float()
+    with torch.autocast("cpu", torch.bfloat16):
+        conditions = conditions_of(model)
+        found = predict(model, conditions)
+        monkeypatch.setattr(lean_unet, "can_run_lean_block", lambda block: False)
+        assert torch.equal(found, predict(model, conditions))
 
 
 def test_merged_weights_are_no_state_and_stay_where_they_lie_while_they_follow_the_weights() -> None:
@@ -92,6 +101,18 @@ def test_patches_make_the_convolution(level: int, bias: bool) -> None:
     conv = nn.Conv2d(7, 5, side, stride=side, bias=bias).double()
     x = draw(2, 7, 8, 12)
     torch.testing.assert_close(convolve_patches(conv, x), conv(x).flatten(2).transpose(1, 2))
+
+
+def test_positional_features_in_half_precision_are_those_of_the_convolutions() -> None:
+    model = build(1, "zeros").float()
+    adapter = model.network.adapter
+    rays = draw(3, adapter.config.posemb_dim, 8, 8).float()
+    expected = positional_features(adapter, rays, torch.float32)
+    for level, features in positional_features(adapter, rays, torch.bfloat16).items():
+        assert features.dtype == torch.float16
+        error = (features.float() - expected[level]).norm() / expected[level].norm()
+        assert 0 < error < 2e-3
+    assert set(expected) == set(adapter.levels)
 
 
 DEVICE = "cpu" if is_interpreted() else "cuda"

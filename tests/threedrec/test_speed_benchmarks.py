@@ -8,6 +8,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+
+from threedrec.scene import Scene
 
 VERSIONS = {"torch": "2.11.0"}
 GPU = {"machine": "NVIDIA H200", "versions": VERSIONS}
@@ -155,13 +158,22 @@ def test_sittings_add_up_to_the_whole_recipe(benchmarks: Any, tmp_path: Path, mo
 def test_a_settled_object_is_solid_and_does_not_change(
     benchmarks: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe, configs = benchmarks("recipe"), []
+    recipe, configs, states = benchmarks("recipe"), [], []
     record = recipe.record
-    monkeypatch.setattr(recipe, "record", lambda *args: configs.append(args[0]) or record(*args))
+
+    def watched(config: Any, run_dir: Path, folder: Path) -> Any:
+        configs.append(config)
+        states.append(torch.load(run_dir / "ckpts" / "last.ckpt", weights_only=True)["model"])
+        return record(config, run_dir, folder)
+
+    monkeypatch.setattr(recipe, "record", watched)
     given = [text for text in TINY.split() if "steps=" not in text and "milestones" not in text]
     arguments = ["--device", "cpu", "--weights", "mini", "--settled", "--out", str(tmp_path), *given]
     assert recipe.main([*arguments, "data.resolution_milestones=[2,5]", "trainer.max_steps=6"]) == 0
     assert configs[0].system.geometry.density_blob_scale == 200.0 and configs[0].system.optimizer.args.lr < 1e-9
+    first = Scene(configs[0].system, configs[0].seed).state_dict()
+    changes = [(states[0][k] - v).abs().max() for k, v in first.items() if k.endswith(("table", "weight"))]
+    assert len(changes) > 3 and max(changes) < 1e-9
     line = json.loads((tmp_path / "recipe.jsonl").read_text())
     medians = [row["median_ms"] for row in line["by_resolution"]]
     assert line["settled"] and line["short"] and not line["complete"]
