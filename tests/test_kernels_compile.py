@@ -133,7 +133,7 @@ LAUNCHES: dict[str, Callable[[], object]] = {
 
 @pytest.fixture
 def on_launch(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[..., object]], None]:
-    """Let the product launch kernels on CPU tensors; what is called with a kernel and its arguments instead."""
+    """Let the product launch kernels on CPU tensors; say what each launch calls, with the kernel and its arguments."""
     from triton.runtime.jit import KernelInterface
 
     for module in (triton_support, backend):
@@ -168,7 +168,9 @@ class AbsentGPU:
 def test_kernels_compile(name, capability, on_launch, monkeypatch, tmp_path):
     def compile_only(kernel, *arguments, **options):
         compiled = kernel.warmup(*arguments, grid=(1,), **options)
-        assert compiled.asm["cubin"] and compiled.metadata.shared <= SHARED_MEMORY[capability], (kernel, options)
+        assert "cubin" in compiled.asm
+        shared = compiled.metadata.shared
+        assert shared <= SHARED_MEMORY[capability], f"{kernel} takes {shared} bytes of shared memory: {options}"
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # an empty one: nothing is taken from an earlier run
     monkeypatch.setattr("triton.runtime.jit.driver", SimpleNamespace(active=AbsentGPU(capability)))
