@@ -114,6 +114,14 @@ def test_value_and_slope_are_the_twins_and_train_alike(layers: int, works: tuple
     assert_trains_alike(network, twin, x, works, 2 * ERRORS[precision])
 
 
+def test_gpus_with_less_shared_memory_train_alike(monkeypatch: pytest.MonkeyPatch):
+    from threedrec.field import mlp_triton
+
+    monkeypatch.setattr(mlp_triton, "has_ample_memory", lambda device: False)
+    test_value_and_slope_are_the_twins_and_train_alike(2, (True, True), "tf32")
+    test_any_number_of_rows(65)
+
+
 @pytest.mark.parametrize("size", [1e-12, 1e9])
 def test_gradients_of_any_size_survive_half_precision(size: float):
     network, twin = pair(1, 2, "float16")

@@ -4,6 +4,7 @@ Same values and first derivatives as ``VanillaMLP``'s ``forward`` and ``with_gra
 the products. Repeatable: every program keeps sums of its own, which PyTorch then adds.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,6 +21,10 @@ LAUNCH: dict[str, dict[str, Any]] = {
     "slope backward": {"BLOCK": 128, "num_warps": 8},
 }
 """Rows that a program looks at together, and threads, by measurement (``benchmarks/hashgrid.py --sweep``)."""
+SMALL: dict[str, dict[str, Any]] = {"slope backward": {"BLOCK": 64, "num_warps": 4}}
+"""The same on GPUs whose programs have less shared memory; not measured."""
+AMPLE_MEMORY = ((8, 0), (9, 0), (10, 0), (10, 3))
+"""Capabilities of GPUs whose programs may have 160 KiB of shared memory or more; on others it is 64 to 100."""
 PROGRAMS_PER_PROCESSOR = {"value": 8, "value backward": 8, "slope": 4, "slope backward": 1}
 """Of each kernel; a program goes through many blocks and reads the weights once."""
 PRODUCTS = {"float32": "tf32x3", "tf32": "tf32", "float16": "float16"}
@@ -84,12 +89,22 @@ class _ValueAndSlope(torch.autograd.Function):
 def _launch(name: str, kernel: Any, x: Tensor, *tensors: Tensor, **flags: Any) -> None:
     if len(x):
         with torch.cuda.device_of(x):
-            kernel[(_programs(name, x),)](x, *tensors, len(x), **flags, **LAUNCH[name])
+            kernel[(_programs(name, x),)](x, *tensors, len(x), **flags, **_settings(name, x.device))
+
+
+def _settings(name: str, device: torch.device) -> dict[str, Any]:
+    return LAUNCH[name] if has_ample_memory(device) else LAUNCH[name] | SMALL.get(name, {})
+
+
+@lru_cache
+def has_ample_memory(device: torch.device) -> bool:
+    """Whether programs on a GPU may have as much shared memory as `LAUNCH` asks for."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) in AMPLE_MEMORY
 
 
 def _programs(name: str, x: Tensor) -> int:
     processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
-    return min(-(-len(x) // LAUNCH[name]["BLOCK"]), PROGRAMS_PER_PROCESSOR[name] * processors)
+    return min(-(-len(x) // _settings(name, x.device)["BLOCK"]), PROGRAMS_PER_PROCESSOR[name] * processors)
 
 
 def _three(weights: Weights | list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
