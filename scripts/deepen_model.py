@@ -21,6 +21,8 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="of the new layers (default 0)")
     arguments = parser.parse_args()
+    if not 0 <= arguments.seed < 2**63:
+        parser.error(f"--seed {arguments.seed}: must be 0 or more and fit into 63 bits")
     try:
         torch.manual_seed(arguments.seed)
         deepen(NVSModel.load(arguments.model)).save(arguments.output)
