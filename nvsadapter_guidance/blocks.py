@@ -19,6 +19,7 @@ from nvsadapter_guidance.attention import MultiHeadAttention
 from nvsadapter_guidance.composer import JointComposer, LearnableTokenComposer, joint_views
 from nvsadapter_guidance.errors import InputError
 from nvsadapter_guidance.feed_forward import feed_forward
+from nvsadapter_guidance.merged import register_merged
 
 CONTEXT_KEY = "nvs_views"
 """Name of the `ViewContext` in `cross_attention_kwargs`."""
@@ -184,8 +185,7 @@ class NVSTransformerBlock(nn.Module):
         self.norm2, self.attn2 = base.norm2, base.attn2
         self.norm3, self.ff = base.norm3, base.ff
         self.__dict__["adapter"] = adapter
-        for name in MERGED:
-            self.register_buffer(f"merged_{name}", None, persistent=False)
+        register_merged(self, MERGED)
         self.train(base.training)
 
     def forward(

@@ -10,6 +10,8 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -17,13 +19,14 @@ from torch import Tensor, nn
 
 log = logging.getLogger(__name__)
 
+_VALUES = methodcaller("values")
 LIMIT = 8
 """Graphs kept by one cache; the least recently used one goes first."""
 WARM_UPS = 2
 """Runs on a side stream before capture, in which libraries choose and load their kernels."""
 
 SWITCHES = ("processor", "s1", "s2", "b1", "b2")
-"""Attributes of diffusers' modules that change what they compute: attention processors and FreeU."""
+"""Attributes of diffusers' modules that change what they compute: attention processors, and FreeU in blocks of a UNet."""
 
 Modules = tuple[nn.Module, ...]
 TensorFunction = Callable[[Mapping[str, Tensor]], Tensor]
@@ -137,11 +140,15 @@ class Beside:
 
 
 class WeightsAt:
-    """What modules consist of, and where their weights lie."""
+    """What modules consist of, and where their weights lie; asked at every call, so it compares few long lists."""
 
     def __init__(self, modules: Modules) -> None:
         self.modules = modules
-        self.parts = [part for module in modules for part in module.modules()]
+        parts = [part for module in modules for part in module.modules()]
+        self._attributes = [part.__dict__ for part in parts]
+        self._switched = [part.__dict__ for part in parts if "processor" in part.__dict__ or "resnets" in part._modules]
+        self._children = [part._modules for part in parts]
+        self._tensors = [tensors for part in parts for tensors in (part._parameters, part._buffers)]
         self.state = self._state()
 
     def unchanged(self, modules: Modules) -> bool:
@@ -150,13 +157,15 @@ class WeightsAt:
         return same and self.state == self._state()
 
     def _state(self) -> list[Any]:
-        state: list[Any] = []
-        for part in self.parts:
-            state += part._modules.values()
-            state += (part.training, *map(part.__dict__.get, SWITCHES))
-            for tensors in (part._parameters, part._buffers):
-                state += [None if tensor is None else tensor.data_ptr() for tensor in tensors.values()]
-        return state
+        return [
+            *chain.from_iterable(map(_VALUES, self._children)),
+            *[
+                None if tensor is None else tensor.data_ptr()
+                for tensor in chain.from_iterable(map(_VALUES, self._tensors))
+            ],
+            *[attributes["training"] for attributes in self._attributes],
+            *[attributes.get(name) for attributes in self._switched for name in SWITCHES],
+        ]
 
 
 class GraphedCall:

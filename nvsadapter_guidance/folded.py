@@ -16,7 +16,7 @@ from torch import Tensor
 from nvsadapter_guidance.blocks import CONTEXT_KEY, FoldedViews, NVSTransformerBlock, ViewContext
 from nvsadapter_guidance.cuda_graphs import Beside
 from nvsadapter_guidance.lean_block import is_plain_attention, merge
-from nvsadapter_guidance.lean_unet import can_run_lean, predict_lean
+from nvsadapter_guidance.lean_unet import can_run_lean, merge_time, predict_lean
 from nvsadapter_guidance.ray_patches import positional_features
 from nvsadapter_guidance.support_cache import SupportCache
 from nvsadapter_guidance.unet import MultiViewUNet
@@ -55,6 +55,8 @@ def fold(
     support = conditional if unconditional is None else SupportCache.cat((unconditional, conditional))
     constants: Constants = {}
     lean = can_run_lean(network.unet)
+    if lean:
+        merge_time(network.unet)
     for path, block in _blocks(network).items():
         if lean:
             merge(block)
@@ -106,7 +108,7 @@ def denoise_folded(
     folded = FoldedViews(constants, branch, branches)
     positional = _Positional(Beside(lambda: _positional(network, rays(), rows - views)))
     context = ViewContext(support_rows, num_query, positional, folded=folded)
-    predicted = _predict(network.unet, torch.cat(latents), torch.cat(steps), context)
+    predicted = _predict(network, torch.cat(latents), torch.cat(steps), context)
     # In float32 at least, since the difference of two near predictions is wanted.
     predicted = predicted[support_rows:].to(torch.promote_types(noisy.dtype, torch.float32))
     return predicted.unflatten(0, (branches, groups, num_query))
@@ -128,7 +130,8 @@ class _Positional(Mapping[int, Tensor]):
         return len(self._features())
 
 
-def _predict(unet: Any, latents: Tensor, timesteps: Tensor, context: ViewContext) -> Tensor:
+def _predict(network: MultiViewUNet, latents: Tensor, timesteps: Tensor, context: ViewContext) -> Tensor:
+    unet: Any = network.unet
     if can_run_lean(unet):
         return predict_lean(unet, latents, timesteps, context)
     kwargs = {CONTEXT_KEY: context}

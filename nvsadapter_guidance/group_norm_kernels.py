@@ -1,9 +1,10 @@
 """Triton kernels of group normalisation with SiLU on channels-last tensors, seen as (N, rows, C).
 
-Three passes each way: moments of tiles, their union per group, and the elementwise result. Moments are a tile's own
-mean and sum of squared differences from it, united by Chan et al. 1979, so that no digits are lost where the mean is
-large. Every sum is in float32. Wherever a value is read, ``offset`` is added: the bias of the layer before, and the
-time embedding. Its samples are ``apart`` elements from each other, 0 where all have the same.
+Three passes each way: moments of tiles, their union per group, and the elementwise result; one pass forward where a
+program can hold a group. Moments are a tile's own mean and sum of squared differences from it, united by Chan et al.
+1979, so that no digits are lost where the mean is large. Every sum is in float32. Wherever a value is read, ``offset``
+is added: the bias of the layer before, and the time embedding. Its samples are ``apart`` elements from each other, 0
+where all have the same.
 """
 # Arguments of kernels are what the launch makes of them: pointers, numbers, compile-time constants.
 # ruff: noqa: ANN001, ANN201
@@ -95,6 +96,30 @@ def union_kernel(
     store_for_group(stats, mean, inverse, channels, size, PADDED)
 
 
+@triton.jit(do_not_specialize=["apart", "pixels", "size"])
+def whole_kernel(
+    x, offset, apart, weight, bias, stats, out, pixels, channels, size, eps,
+    SILU: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """What the three of `moments_kernel`, `union_kernel` and `apply_kernel` make, for a group in one program."""
+    sample, group = tl.program_id(0), tl.program_id(1)
+    row, member = tl.arange(0, ROWS), tl.arange(0, PADDED)
+    inside, channel = member < size, group * size + member
+    mask = (row < pixels)[:, None] & inside[None, :]
+    places = (sample.to(tl.int64) * pixels + row)[:, None] * channels + channel[None, :]
+    shift = tl.load(offset + sample * apart + channel, mask=inside, other=0.0).to(tl.float32)
+    values = tl.load(x + places, mask=mask, other=0.0).to(tl.float32) + shift[None, :]
+    total = pixels * size * 1.0
+    mean = tl.sum(tl.sum(tl.where(mask, values, 0.0), axis=0), axis=0) / total
+    centred = tl.where(mask, values - mean, 0.0)
+    inverse = 1.0 / tl.sqrt(tl.sum(tl.sum(centred * centred, axis=0), axis=0) / total + eps)
+    store_for_group(stats, mean, inverse, channels, size, PADDED)
+    result, _ = affine(centred * inverse, weight, bias, channel, inside)
+    if SILU:
+        result = result * tl.sigmoid(result)
+    tl.store(out + places, result.to(out.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["apart", "pixels"])
 def apply_kernel(
     x,
@@ -163,10 +188,10 @@ def means_kernel(
 
 @triton.jit(do_not_specialize=["apart", "pixels"])
 def gradient_kernel(
-    x, offset, apart, stats, weight, bias, gradient, means, out, pixels, channels,
-    SILU: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    x, offset, apart, stats, weight, bias, gradient, other, means, out, pixels, channels,
+    SILU: tl.constexpr, ADD: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """``out``: (g - mean(g) - hat mean(g hat)) / deviation, the gradient on ``x``."""
+    """``out``: (g - mean(g) - hat mean(g hat)) / deviation, the gradient on ``x``, plus the other one where wanted."""
     sample, _, channel, inside, places, mask = tile_of(pixels, channels, ROWS, BLOCK)
     values = tl.load(x + places, mask=mask, other=0.0).to(tl.float32)
     hat = normalised(values, offset, apart, stats, sample, channels, channel, inside)
@@ -177,4 +202,6 @@ def gradient_kernel(
     second = tl.load(means + (sample * 2 + 1) * channels + channel, mask=inside, other=0.0)
     inverse = tl.load(stats + (sample * 2 + 1) * channels + channel, mask=inside, other=0.0)
     result = (below - first[None, :] - hat * second[None, :]) * inverse[None, :]
+    if ADD:
+        result += tl.load(other + places, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + places, result.to(out.dtype.element_ty), mask=mask)

@@ -18,6 +18,7 @@ from nvsadapter_guidance.attention import MultiHeadAttention
 from nvsadapter_guidance.blocks import BlockAdapter, FoldedViews, NVSTransformerBlock, ViewContext
 from nvsadapter_guidance.composer import LearnableTokenComposer, joint_views
 from nvsadapter_guidance.feed_forward import gate
+from nvsadapter_guidance.merged import keep_merged
 from nvsadapter_guidance.token_ops import normalise, place
 
 Tokens = Float[Tensor, "rows tokens dim"]
@@ -70,7 +71,7 @@ def merge(block: NVSTransformerBlock) -> None:
     """
     if can_run_lean_block(block):
         with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode could not be written later
-            _keep(block, _merged(block))
+            keep_merged(block, _merged(block))
 
 
 def _merged(block: Any) -> dict[str, Tensor]:
@@ -86,15 +87,6 @@ def _merged(block: Any) -> dict[str, Tensor]:
         made["spread"] = _side_by_side(spread.to_k, spread.to_v)
         made["learned"] = gather.to_q(composer.tokens)
     return made
-
-
-def _keep(block: Any, made: dict[str, Tensor]) -> None:
-    for name, value in made.items():
-        known = getattr(block, f"merged_{name}")
-        if known is not None and _alike(known, value):
-            known.copy_(value)  # captured graphs go on reading it
-        else:
-            setattr(block, f"merged_{name}", value)
 
 
 @torch.no_grad()
@@ -137,10 +129,6 @@ def attend(
     """Softmax attention (Vaswani et al. 2017, section 3.2.2), heads side by side."""
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (queries, keys, values))
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2).flatten(2)
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return (a.shape, a.dtype, a.device) == (b.shape, b.dtype, b.device)
 
 
 def _side_by_side(*layers: nn.Linear) -> Tensor:

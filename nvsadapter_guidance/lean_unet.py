@@ -1,6 +1,7 @@
 """Stable Diffusion's UNet by `lean_layers`, for inference: the same modules, half of the memory traffic."""
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,11 @@ from nvsadapter_guidance.blocks import CONTEXT_KEY, ViewContext
 from nvsadapter_guidance.cuda_graphs import is_offloaded
 from nvsadapter_guidance.group_norm import group_norm_silu
 from nvsadapter_guidance.lean_block import can_run_lean_block, lean_block
-from nvsadapter_guidance.lean_layers import enlarge, is_lean, residual_block
+from nvsadapter_guidance.lean_layers import convolve_owing, enlarge, is_lean, offset_of, residual_block
+from nvsadapter_guidance.merged import drop_merged, keep_merged
+
+Owing: TypeAlias = tuple[Float[Tensor, "rows C h w"], Float[Tensor, " C"] | None]
+"""A tensor, and a bias that is still to be added to it."""
 
 _KINDS = (
     blocks.DownBlock2D,
@@ -54,6 +59,22 @@ def can_run_lean(unet: Any) -> bool:
     )
 
 
+def merge_time(unet: Any) -> None:
+    """Make one product of what all residual blocks make of the time embedding.
+
+    Nothing is merged where one of these layers is of another kind, one with a LoRA, say.
+    """
+    resnets = _resnets(unet)
+    layers = [resnet.time_emb_proj for resnet in resnets]
+    if not _are_plain(layers):
+        drop_merged(unet)
+        return
+    with torch.inference_mode(False), torch.no_grad():  # what is made in inference mode could not be written later
+        weight = torch.cat([layer.weight for layer in layers])
+        bias = torch.cat([layer.bias + resnet.conv1.bias for layer, resnet in zip(layers, resnets, strict=True)])
+        keep_merged(unet, {"time_weight": weight, "time_bias": bias})
+
+
 @torch.no_grad()
 def predict_lean(
     unet: Any, latents: Float[Tensor, "rows c h w"], timesteps: Shaped[Tensor, " rows"], context: ViewContext
@@ -61,29 +82,59 @@ def predict_lean(
     """What the UNet predicts for rows in its precision, with what its transformer blocks know of them."""
     if unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last):
         latents = latents.contiguous(memory_format=torch.channels_last)
-    time = F.silu(unet.time_embedding(unet.time_proj(timesteps).to(latents.dtype)))
-    x = unet.conv_in(latents)
-    skips = [x]
+    offsets = _offsets(unet, F.silu(unet.time_embedding(unet.time_proj(timesteps).to(latents.dtype))))
+    x, owed = convolve_owing(latents, unet.conv_in)
+    skips = [(x, owed)]
     for part in unet.down_blocks:
         attentions = getattr(part, "attentions", (None,) * len(part.resnets))
         for resnet, attention in zip(part.resnets, attentions, strict=True):
-            x = _transform(attention, residual_block(resnet, x, time), context)
-            skips.append(x)
+            x, owed = _transform(attention, residual_block(resnet, x, next(offsets), owed), context), None
+            skips.append((x, owed))
         for sampler in part.downsamplers or ():
-            x = sampler.conv(x)
-            skips.append(x)
+            x, owed = convolve_owing(x, sampler.conv)
+            skips.append((x, owed))
     middle = unet.mid_block
-    x = residual_block(middle.resnets[0], x, time)
+    x = residual_block(middle.resnets[0], x, next(offsets), owed)
     for attention, resnet in zip(middle.attentions, middle.resnets[1:], strict=True):
-        x = residual_block(resnet, _transform(attention, x, context), time)
+        x, owed = residual_block(resnet, _transform(attention, x, context), next(offsets)), None
     for part in unet.up_blocks:
         attentions = getattr(part, "attentions", (None,) * len(part.resnets))
         for resnet, attention in zip(part.resnets, attentions, strict=True):
-            x = residual_block(resnet, torch.cat((x, skips.pop()), dim=1), time)
-            x = _transform(attention, x, context)
+            x, owed = _beside((x, owed), skips.pop())
+            x, owed = _transform(attention, residual_block(resnet, x, next(offsets), owed), context), None
         for sampler in part.upsamplers or ():
-            x = sampler.conv(enlarge(x, tuple(skips[-1].shape[-2:])))
-    return unet.conv_out(group_norm_silu(x, unet.conv_norm_out))
+            x, owed = convolve_owing(enlarge(x, _size(skips[-1][0])), sampler.conv)
+    return unet.conv_out(group_norm_silu(x, unet.conv_norm_out, None if owed is None else owed[None]))
+
+
+def _resnets(unet: Any) -> list[Any]:
+    """Residual blocks in the order in which they run."""
+    return [resnet for part in (*unet.down_blocks, unet.mid_block, *unet.up_blocks) for resnet in part.resnets]
+
+
+def _are_plain(layers: list[Any]) -> bool:
+    return all(type(layer) is nn.Linear and layer.bias is not None for layer in layers)
+
+
+def _offsets(unet: Any, time: Float[Tensor, "rows D"]) -> Iterator[Float[Tensor, "rows C"]]:
+    """What the residual blocks add between their convolutions."""
+    resnets = _resnets(unet)
+    if unet.merged_time_weight is None or not _are_plain([resnet.time_emb_proj for resnet in resnets]):
+        return (offset_of(resnet, time) for resnet in resnets)
+    together = F.linear(time, unet.merged_time_weight, unet.merged_time_bias)
+    return iter(together.split([resnet.conv1.out_channels for resnet in resnets], dim=1))
+
+
+def _size(x: Tensor) -> tuple[int, int]:
+    return x.shape[-2], x.shape[-1]
+
+
+def _beside(first: Owing, second: Owing) -> Owing:
+    """Channels of both."""
+    x = torch.cat((first[0], second[0]), dim=1)
+    if first[1] is None and second[1] is None:
+        return x, None
+    return x, torch.cat([x.new_zeros(part.shape[1]) if owed is None else owed for part, owed in (first, second)])
 
 
 def _transform(attention: Any, x: Float[Tensor, "rows C h w"], context: ViewContext) -> Float[Tensor, "rows C h w"]:

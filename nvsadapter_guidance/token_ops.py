@@ -89,6 +89,6 @@ def _launch(
         join_kernel[(-(-rows // together),)](
             x, *unused, weight, shift, x if positional is None else positional, x, out, rows, split, apart, factor, eps,
             channels, delta is not None, vectors is not None, bias is not None, norm is not None, changed,
-            ROWS=together, BLOCK=block, num_warps=4,
+            ROWS=together, BLOCK=block, num_warps=2,
         )  # fmt: skip
     return out

@@ -13,6 +13,7 @@ from nvsadapter_guidance.adapter import NVSAdapter
 from nvsadapter_guidance.blocks import CONTEXT_KEY, ViewContext
 from nvsadapter_guidance.controlnet import control_residuals
 from nvsadapter_guidance.errors import InputError
+from nvsadapter_guidance.merged import register_merged
 from nvsadapter_guidance.support_cache import SupportCache
 
 
@@ -62,6 +63,7 @@ class MultiViewUNet(nn.Module):
         self.adapter = adapter
         self.controlnet = controlnet
         self.control_scale = control_scale
+        register_merged(unet, ("time_weight", "time_bias"))  # filled by `lean_unet`
 
     def forward(
         self,

@@ -22,7 +22,7 @@ from torch import nn
 
 from nvsadapter_guidance import triton_support
 from nvsadapter_guidance.feed_forward import gate
-from nvsadapter_guidance.group_norm import group_norm_silu
+from nvsadapter_guidance.group_norm import branch_group_norm_silu, group_norm_silu
 from nvsadapter_guidance.lean_layers import add, enlarge
 from nvsadapter_guidance.token_ops import normalise, place
 from threedrec.field import EncodingConfig, ImplicitVolume, MLPConfig, backend
@@ -76,6 +76,9 @@ def images(dtype: torch.dtype, side: int, *widths: int) -> None:
         plain, moved = group_norm_silu(leaf, norm), group_norm_silu(leaf, norm, offset)
         for result in (plain, moved, group_norm_silu(leaf, norm, silu=False), add(leaf, x, offset[0])):
             torch.autograd.grad(result, leaf, x)
+        torch.autograd.grad(branch_group_norm_silu(leaf, norm, offset), leaf, (x, x))
+        bordered = add(leaf, x, offset[0], border=True)
+        torch.autograd.grad(bordered, leaf, bordered.detach())
         enlarge(x, (2 * side, 2 * side))
 
 

@@ -4,6 +4,7 @@ from functools import partial
 
 import torch
 
+from threedrec.beside import Beside
 from threedrec.cameras import Cameras, RandomCameraSampler
 from threedrec.config_schema import FreqConfig
 from threedrec.guidance.protocol import Guidance
@@ -32,6 +33,7 @@ class Distillation:
         self.keep_weight = run.warm_start.keep_weight if run.warm_start is not None else 0.0
         self.view_fit = view_fit(run) if self.keep_weight > 0 else None
         self._supports: dict[tuple[int, int], SupportView] = {}
+        self._beside = Beside(run.device)
 
     def __call__(self, index: int) -> StepResult:
         """Losses of step ``index``, counted from the beginning of distillation."""
@@ -40,14 +42,17 @@ class Distillation:
         run.scene.renderer.update(run.fit_steps + index, generator)
         reference, guided = turn(freq, index)
         results = []
-        # Samples are counted before the guidance is at work, so that its kernels run while the host prepares the rest.
-        sight = self.supervision.sight(self._support(index), generator) if reference else None
+        self._beside.mark()
         if guided:
             cameras = self.sampler(index, generator)
             result, rgb = self.supervision.guidance(self.guidance, cameras, index, generator)
             results.append(result)
         if reference:
-            results.append(self.supervision.reference(self._support(index), index, generator, sight))
+            support = self._support(index)
+            # The host waits for the number of samples, but not for the guidance, which is at work by now.
+            with self._beside():
+                sight = self.supervision.sight(support, generator)
+            results.append(self.supervision.reference(support, index, generator, sight))
         if self.view_fit is not None:
             result = self.view_fit(1.0, generator)
             results.append(StepResult(self.keep_weight * result.loss, result.terms))

@@ -85,8 +85,7 @@ class Supervision:
         """The photograph's colour, mask, depth and normals against the scene's, and the surface's regularity.
 
         Args:
-            sight: from :meth:`sight`; to count its samples the host waits for the device, which it may better do before
-                it gives the device other work.
+            sight: from :meth:`sight`; to count its samples the host waits for the device.
         """
         pick, rays_o, rays_d, intervals = sight or self.sight(support, generator)
         camera = support.camera

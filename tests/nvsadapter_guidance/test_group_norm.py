@@ -8,14 +8,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nvsadapter_guidance.group_norm import fused_group_norm_silu, group_norm_silu, plain_group_norm_silu
+from nvsadapter_guidance.group_norm import (
+    branch_group_norm_silu,
+    fused_group_norm_silu,
+    group_norm_silu,
+    plain_group_norm_silu,
+)
 from nvsadapter_guidance.triton_support import is_interpreted
 
 DEVICE = "cpu" if is_interpreted() else "cuda"
 needs_kernels = pytest.mark.skipif(False, reason="") if is_interpreted() else pytest.mark.gpu
-SHAPES = [(2, 32, 8, 8, 8), (1, 60, 5, 7, 6), (1, 40, 24, 48, 2), (2, 320, 8, 8, 32), (1, 8, 72, 64, 4)]
-"""Samples, channels, height, width, groups: the last has larger tiles, the third more tiles than one program unites at
-a time, others have channels or rows left over."""
+SHAPES = [
+    (2, 32, 8, 8, 8), (1, 60, 5, 7, 6), (1, 40, 48, 64, 2), (2, 320, 8, 8, 32), (1, 8, 72, 64, 4), (2, 80, 5, 7, 4),
+]  # fmt: skip
+"""Samples, channels, height, width, groups: the third has more tiles than one program unites at a time, the fifth other
+tiles, the sixth groups that one program holds, others have channels or rows left over."""
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, nn.GroupNorm, Tensor, Tensor]:
@@ -49,6 +56,23 @@ def test_values_and_gradients_are_those_of_torch(shape: tuple[int, ...], offsets
     assert found.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(found, exact.float(), atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(gradient, exact_gradient.float(), atol=2e-5, rtol=1e-5)
+
+
+@needs_kernels
+@pytest.mark.parametrize("used", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("shape", SHAPES[:3])
+def test_gradients_of_a_branch_and_of_what_it_leaves(shape: tuple[int, ...], used: tuple[bool, bool]) -> None:
+    x, norm, offset, upstream = inputs(shape, torch.float32)
+    x.requires_grad_()
+    found = branch_group_norm_silu(x, norm, offset)
+    assert torch.equal(found[1], x) and "FusedGroupNorm" in type(found[0].grad_fn).__name__
+    expected = plain_group_norm_silu(x, norm, offset), x + 0.0
+    torch.testing.assert_close(found[0], expected[0], atol=2e-5, rtol=1e-5)
+    results = []
+    for pair in (found, expected):
+        parts = [part for part, wanted in zip(pair, used, strict=True) if wanted]
+        results.append(torch.autograd.grad(parts, x, [upstream, 2.0 * upstream][: len(parts)], retain_graph=True)[0])
+    torch.testing.assert_close(*results, atol=3e-5, rtol=1e-5)
 
 
 @needs_kernels

@@ -28,11 +28,49 @@ def test_a_residual_block_is_that_of_diffusers(out_channels: int, time_channels:
     x = draw(2, 8, 6, 5).requires_grad_()
     time = None if time_channels is None else draw(2, time_channels, seed=1)
     expected = block(x, time)
-    found = lean_layers.residual_block(block, x, None if time is None else nn.functional.silu(time))
+    offset = None if time is None else lean_layers.offset_of(block, nn.functional.silu(time))
+    found = lean_layers.residual_block(block, x, offset)
     torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
     upstream = draw(*expected.shape, seed=2)
     gradients = [torch.autograd.grad(y, x, upstream)[0] for y in (found, expected)]
     torch.testing.assert_close(*gradients, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("out_channels", [8, 16])
+@pytest.mark.parametrize("border", [True, False])
+def test_what_a_block_s_input_owes_is_paid(out_channels: int, border: bool) -> None:
+    torch.manual_seed(0)
+    block = ResnetBlock2D(in_channels=8, out_channels=out_channels, temb_channels=None, groups=4)
+    block = block.double().eval().requires_grad_(False)
+    x, owed = draw(2, 8, 6, 5).requires_grad_(), draw(8, seed=1)
+    expected = lean_layers.residual_block(block, x + owed[:, None, None])
+    expected = nn.functional.pad(expected, (0, 1, 0, 1)) if border else expected
+    found = lean_layers.residual_block(block, x, owed=owed, border=border)
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+    upstream = draw(*expected.shape, seed=2)
+    gradients = [torch.autograd.grad(y, x, upstream)[0] for y in (found, expected)]
+    torch.testing.assert_close(*gradients, atol=1e-12, rtol=1e-12)
+
+
+def test_the_time_is_one_product_of_plain_layers() -> None:
+    unet: Any = tiny_nvs_model().double().network.unet
+    time = draw(3, unet.time_embedding.linear_2.out_features)
+    apart = list(lean_unet._offsets(unet, time))
+    lean_unet.merge_time(unet)
+    together = list(lean_unet._offsets(unet, time))
+    assert len(together) == len(apart) and all(part._base is together[0]._base for part in together)
+    for found, expected in zip(together, apart, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-12, rtol=1e-12)
+
+    class Other(nn.Linear):
+        pass
+
+    layer = unet.mid_block.resnets[0].time_emb_proj
+    unet.mid_block.resnets[0].time_emb_proj = Other(layer.in_features, layer.out_features).double()
+    changed = list(lean_unet._offsets(unet, time))
+    assert sum(not torch.allclose(found, expected) for found, expected in zip(changed, apart, strict=True)) == 1
+    lean_unet.merge_time(unet)
+    assert unet.merged_time_weight is None
 
 
 @pytest.mark.parametrize("fused_width", [128, 1])
@@ -90,7 +128,7 @@ def test_unets_of_other_kinds_are_left_alone() -> None:
 def test_channels_filled_up_to_eight_change_nothing() -> None:
     layer = nn.Conv2d(3, 6, 3, padding=1).bfloat16().requires_grad_(False)
     x = draw(2, 3, 5, 7).bfloat16().requires_grad_()
-    found, expected = lean_layers.convolve_few_channels(x, layer), layer(x)
+    found, expected = lean_layers.convolve_few_channels(x, layer), layer(x) - layer.bias[:, None, None]
     torch.testing.assert_close(found, expected, atol=2e-2, rtol=2e-2)
     gradients = [torch.autograd.grad(y, x, torch.ones_like(y))[0] for y in (found, expected)]
     assert gradients[0].shape == x.shape

@@ -38,6 +38,22 @@ def test_a_sum_and_its_gradient(shape: tuple[int, ...], dtype: torch.dtype) -> N
 
 
 @needs_kernels
+@pytest.mark.parametrize("shape", [(2, 64, 4, 8), (3, 40, 9, 11)])
+def test_a_sum_with_a_border_and_its_gradient(shape: tuple[int, ...]) -> None:
+    layout = torch.channels_last
+    first, second = (normal(*shape, seed=seed).to(memory_format=layout).requires_grad_() for seed in (0, 1))
+    bias = normal(shape[1], seed=2)
+    found = add(first, second, bias, border=True)
+    expected = functional.pad(first + second + bias[:, None, None], (0, 1, 0, 1))
+    assert found.grad_fn is not None and "Sum" in type(found.grad_fn).__name__
+    assert found.is_contiguous(memory_format=layout)
+    torch.testing.assert_close(found, expected)
+    upstream = normal(*found.shape, seed=3)
+    for gradient in torch.autograd.grad(found, (first, second), upstream):
+        assert torch.equal(gradient, upstream[:, :, :-1, :-1])
+
+
+@needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("width", [64, 40, 1280])
 def test_a_gate(width: int, dtype: torch.dtype) -> None:

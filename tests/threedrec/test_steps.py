@@ -1,13 +1,16 @@
 """The losses of a step: what of the photograph is looked at, and when its samples are counted."""
 
+from contextlib import contextmanager
+
 import torch
 from tiny_run import Reconstruction, tiny_config, write_inputs
 
+from threedrec.beside import Beside
 from threedrec.distillation import Distillation
 from threedrec.rendering.renderer import VolumeRenderer
 
 
-def test_samples_are_counted_before_the_guidance_works_and_never_while_it_does(tmp_path, monkeypatch):
+def test_the_host_waits_for_samples_before_the_guidance_works_or_beside_it(tmp_path, monkeypatch):
     run = Reconstruction(tiny_config(write_inputs(tmp_path)), tmp_path / "run", "cpu")._open()
     step, order = Distillation(run), []
     sample, guidance = VolumeRenderer.sample, step.guidance
@@ -20,10 +23,20 @@ def test_samples_are_counted_before_the_guidance_works_and_never_while_it_does(t
         order.append("guidance")
         return guidance(*args, **kwargs)
 
+    class Listened(Beside):
+        def mark(self):
+            order.append("mark")
+
+        @contextmanager
+        def __call__(self):
+            order.append("beside")
+            yield
+            order.append("together")
+
     monkeypatch.setattr(VolumeRenderer, "sample", counted)
-    step.guidance = asked
+    step.guidance, step._beside = asked, Listened(torch.device("cpu"))
     step(0)
-    assert order == ["samples", "samples", "guidance"]
+    assert order == ["mark", "samples", "guidance", "beside", "samples", "together"]
 
 
 def test_the_photograph_gives_the_same_losses_whether_its_samples_were_counted_before(tmp_path):
