@@ -51,6 +51,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=50, help="of sampling")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--no-search", action="store_true", help="take the convolutions that cuDNN guesses, untimed")
+    parser.add_argument("--no-plain", action="store_true", help="leave out the mode without CUDA graphs")
     parser.add_argument("--profile", action="store_true", help="print the kernels that take longest")
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--no-save", action="store_true", help="only print")
@@ -161,7 +162,7 @@ class Guidance:
     def rows(self) -> int:
         """Of the network's batch."""
         found: list[int] = []
-        handle = self.model.network.unet.conv_in.register_forward_pre_hook(
+        handle = self.model.network.unet.time_embedding.register_forward_pre_hook(
             lambda _, inputs: found.append(len(inputs[0]))
         )
         enabled, self.model.graphs.enabled = self.model.graphs.enabled, False  # modules are not called in a replay
@@ -245,7 +246,7 @@ def main() -> int:
     with convolution_search(not args.no_search):
         about |= {"convolution_search": not args.no_search, "seconds_of_first_steps": first_steps(model, args)}
         about |= floors(model, args, rate["matmul_tflops"])
-        for graphs, frozen in ((False, False), (True, False), (True, True)):
+        for graphs, frozen in ((False, False), (True, False), (True, True))[int(args.no_plain) :]:
             lines.append(about | measure(model, args, graphs, frozen))
             Console().print_json(json.dumps(lines[-1]))
         if args.profile:

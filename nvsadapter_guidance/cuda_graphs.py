@@ -26,7 +26,7 @@ WARM_UPS = 2
 """Runs on a side stream before capture, in which libraries choose and load their kernels."""
 
 SWITCHES = ("processor", "s1", "s2", "b1", "b2")
-"""Attributes of diffusers' modules that change what they compute: attention processors, and FreeU in blocks of a UNet."""
+"""Attributes of diffusers' modules that change what they compute: attention processors, and FreeU of its blocks."""
 
 Modules = tuple[nn.Module, ...]
 TensorFunction = Callable[[Mapping[str, Tensor]], Tensor]

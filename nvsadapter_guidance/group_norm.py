@@ -21,10 +21,6 @@ WIDE_VALUES = (64, 128, 8)
 """In place of `TILES`' for large images."""
 LARGE = 4096
 """Pixels from which an image is large."""
-WHOLE = 16384
-"""Values of a group, padded, that one program holds at most."""
-NARROW = 16
-"""Members of a group under which a program would read memory in pieces that are too small."""
 
 
 def group_norm_silu(
@@ -96,23 +92,17 @@ class _FusedGroupNorm(torch.autograd.Function):
         from nvsadapter_guidance import group_norm_kernels as kernels
 
         size = _Size(x, groups)
-        stats, out = size.stats(), torch.empty_like(x)
-        pixels, channels, apart, held = size.pixels, size.channels, _apart(offset), size.whole()
+        parts, whole = size.launch("moments"), size.launch("values")
+        moments, stats, out = parts.partial(), size.stats(), torch.empty_like(x)
+        pixels, channels, apart = size.pixels, size.channels, _apart(offset)
         with current(x.device):
-            if held is not None:
-                kernels.whole_kernel[size.groups_grid](
-                    x, offset, apart, weight, bias, stats, out, pixels, channels, size.members, eps, SILU=silu, **held
-                )
-            else:
-                parts, whole = size.launch("moments"), size.launch("values")
-                moments = parts.partial()
-                kernels.moments_kernel[parts.grid](x, offset, apart, moments, pixels, channels, **parts.tile)
-                kernels.union_kernel[size.groups_grid](
-                    moments, stats, pixels, channels, parts.tiles, size.members, eps, **parts.group
-                )
-                kernels.apply_kernel[whole.grid](
-                    x, offset, apart, stats, weight, bias, out, pixels, channels, SILU=silu, **whole.tile
-                )
+            kernels.moments_kernel[parts.grid](x, offset, apart, moments, pixels, channels, **parts.tile)
+            kernels.union_kernel[size.groups_grid](
+                moments, stats, pixels, channels, parts.tiles, size.members, eps, **parts.group
+            )
+            kernels.apply_kernel[whole.grid](
+                x, offset, apart, stats, weight, bias, out, pixels, channels, SILU=silu, **whole.tile
+            )
         ctx.save_for_backward(x, offset, stats, weight, bias)
         ctx.set_materialize_grads(False)
         ctx.size, ctx.silu = size, silu
@@ -153,13 +143,6 @@ class _Size:
     def launch(self, kind: str) -> "_Launch":
         """Tiles for a kernel of `TILES`."""
         return _Launch(self, *(WIDE_VALUES if kind == "values" and self.pixels >= LARGE else TILES[kind]))
-
-    def whole(self) -> dict[str, int] | None:
-        """Tile of a program that holds a group; None where there are too many pixels or too few members."""
-        rows, padded = (_power_of_two(number) for number in (self.pixels, self.members))
-        if self.members < NARROW or rows * padded > WHOLE:
-            return None
-        return {"ROWS": rows, "PADDED": padded, "num_warps": min(8, max(1, rows * padded // 2048))}
 
     def stats(self) -> Tensor:
         """Two numbers a channel and sample."""

@@ -1,10 +1,9 @@
 """Triton kernels of group normalisation with SiLU on channels-last tensors, seen as (N, rows, C).
 
-Three passes each way: moments of tiles, their union per group, and the elementwise result; one pass forward where a
-program can hold a group. Moments are a tile's own mean and sum of squared differences from it, united by Chan et al.
-1979, so that no digits are lost where the mean is large. Every sum is in float32. Wherever a value is read, ``offset``
-is added: the bias of the layer before, and the time embedding. Its samples are ``apart`` elements from each other, 0
-where all have the same.
+Three passes each way: moments of tiles, their union per group, and the elementwise result. Moments are a tile's own
+mean and sum of squared differences from it, united by Chan et al. 1979, so that no digits are lost where the mean is
+large. Every sum is in float32. Wherever a value is read, ``offset`` is added: the bias of the layer before, and the
+time embedding. Its samples are ``apart`` elements from each other, 0 where all have the same.
 """
 # Arguments of kernels are what the launch makes of them: pointers, numbers, compile-time constants.
 # ruff: noqa: ANN001, ANN201
@@ -94,30 +93,6 @@ def union_kernel(
         squares += tl.sum(tl.load(moments + places + channels, mask=mask, other=0.0) + count * apart * apart, axis=0)
     inverse = 1.0 / tl.sqrt(tl.sum(squares, axis=0) / total + eps)
     store_for_group(stats, mean, inverse, channels, size, PADDED)
-
-
-@triton.jit(do_not_specialize=["apart", "pixels", "size"])
-def whole_kernel(
-    x, offset, apart, weight, bias, stats, out, pixels, channels, size, eps,
-    SILU: tl.constexpr, ROWS: tl.constexpr, PADDED: tl.constexpr,
-):  # fmt: skip
-    """What the three of `moments_kernel`, `union_kernel` and `apply_kernel` make, for a group in one program."""
-    sample, group = tl.program_id(0), tl.program_id(1)
-    row, member = tl.arange(0, ROWS), tl.arange(0, PADDED)
-    inside, channel = member < size, group * size + member
-    mask = (row < pixels)[:, None] & inside[None, :]
-    places = (sample.to(tl.int64) * pixels + row)[:, None] * channels + channel[None, :]
-    shift = tl.load(offset + sample * apart + channel, mask=inside, other=0.0).to(tl.float32)
-    values = tl.load(x + places, mask=mask, other=0.0).to(tl.float32) + shift[None, :]
-    total = pixels * size * 1.0
-    mean = tl.sum(tl.sum(tl.where(mask, values, 0.0), axis=0), axis=0) / total
-    centred = tl.where(mask, values - mean, 0.0)
-    inverse = 1.0 / tl.sqrt(tl.sum(tl.sum(centred * centred, axis=0), axis=0) / total + eps)
-    store_for_group(stats, mean, inverse, channels, size, PADDED)
-    result, _ = affine(centred * inverse, weight, bias, channel, inside)
-    if SILU:
-        result = result * tl.sigmoid(result)
-    tl.store(out + places, result.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["apart", "pixels"])

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from jaxtyping import Float
@@ -30,6 +29,7 @@ from nvsadapter_guidance.encoders import PromptEncoder, clip_images
 from nvsadapter_guidance.errors import InputError
 from nvsadapter_guidance.model_config import NVSModelConfig, building, read_config
 from nvsadapter_guidance.quantise import dequantise_state_dict, quantise_state_dict
+from nvsadapter_guidance.resize import resize_bilinear
 from nvsadapter_guidance.schedule import NoiseSchedule
 from nvsadapter_guidance.unet import MultiViewUNet
 
@@ -128,8 +128,7 @@ class NVSModel(nn.Module):
         size = self.config.image_size
         if images.shape[-2:] == (size, size):
             return images
-        shrinking = images.shape[-1] > size
-        return F.interpolate(images, (size, size), mode="bilinear", align_corners=False, antialias=shrinking)
+        return resize_bilinear(images, size)
 
     def encode(
         self, images: Float[Tensor, "B 3 H W"], generator: torch.Generator | None = None

@@ -128,7 +128,7 @@ def look_at(
     forward = functional.normalize(centers - positions, dim=-1)
     right = torch.linalg.cross(forward, up)
     vertical = right.norm(dim=-1, keepdim=True) < 1e-6
-    right = functional.normalize(torch.where(vertical, right.new_tensor([0.0, 1.0, 0.0]), right), dim=-1)
+    right = functional.normalize(torch.where(vertical, _axis(1, right), right), dim=-1)
     rotation = torch.stack([right, torch.linalg.cross(right, forward), -forward], dim=-1)
     c2w = torch.eye(4, device=positions.device, dtype=positions.dtype).repeat(len(positions), 1, 1)
     c2w[:, :3, :3] = rotation
@@ -217,4 +217,11 @@ class RandomCameraSampler:
 
 
 def _world_up(positions: Float[Tensor, "B 3"]) -> Float[Tensor, "B 3"]:
-    return positions.new_tensor([0.0, 0.0, 1.0]).expand_as(positions)
+    return _axis(2, positions).expand_as(positions)
+
+
+def _axis(number: int, like: Tensor) -> Float[Tensor, " 3"]:
+    """Return a unit vector; nothing is copied to the device, for which the host would wait."""
+    axis = like.new_zeros(3)
+    axis[number] = 1.0
+    return axis

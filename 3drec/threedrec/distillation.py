@@ -3,6 +3,8 @@
 from functools import partial
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from threedrec.beside import Beside
 from threedrec.cameras import Cameras, RandomCameraSampler
@@ -16,6 +18,8 @@ from threedrec.report import contact_sheet, to_bytes
 from threedrec.results import save_validation
 from threedrec.run import Run
 from threedrec.steps import Supervision, joined
+
+Views = tuple[Cameras, tuple[Float[Tensor, "B H W 3"], Float[Tensor, "B H W 3"]]]
 
 
 class Distillation:
@@ -34,6 +38,7 @@ class Distillation:
         self.view_fit = view_fit(run) if self.keep_weight > 0 else None
         self._supports: dict[tuple[int, int], SupportView] = {}
         self._beside = Beside(run.device)
+        self._ahead: tuple[int, Views] | None = None
 
     def __call__(self, index: int) -> StepResult:
         """Losses of step ``index``, counted from the beginning of distillation."""
@@ -44,8 +49,8 @@ class Distillation:
         results = []
         self._beside.mark()
         if guided:
-            cameras = self.sampler(index, generator)
-            result, rgb = self.supervision.guidance(self.guidance, cameras, index, generator)
+            cameras, rays = self._views(index)
+            result, rgb = self.supervision.guidance(self.guidance, cameras, index, generator, rays)
             results.append(result)
         if reference:
             support = self._support(index)
@@ -58,7 +63,18 @@ class Distillation:
             results.append(StepResult(self.keep_weight * result.loss, result.terms))
         if guided and freq.guidance_eval > 0 and (index + 1) % freq.guidance_eval == 0:
             self._save_preview(rgb, cameras, index)
+        if turn(freq, index + 1)[1]:  # a GPU is at work now, and idle when the next step begins
+            self._ahead = index + 1, self._draw_views(index + 1)
         return joined(*results)
+
+    def _views(self, index: int) -> Views:
+        """Cameras of step ``index``, and their rays."""
+        ahead = self._ahead
+        return ahead[1] if ahead is not None and ahead[0] == index else self._draw_views(index)
+
+    def _draw_views(self, index: int) -> Views:
+        cameras = self.sampler(index, self.run.generator("cameras", index))
+        return cameras, cameras.rays()
 
     def _support(self, index: int) -> SupportView:
         size = self.run.config.data.size_at(index)

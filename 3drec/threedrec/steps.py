@@ -100,10 +100,19 @@ class Supervision:
         return weigh(terms, self.weights, step, "ref")
 
     def guidance(
-        self, guidance: Guidance, cameras: Cameras, step: int, generator: torch.Generator
+        self,
+        guidance: Guidance,
+        cameras: Cameras,
+        step: int,
+        generator: torch.Generator,
+        rays: tuple[Float[Tensor, "B H W 3"], Float[Tensor, "B H W 3"]] | None = None,
     ) -> tuple[StepResult, Float[Tensor, "B H W 3"]]:
-        """The guidance's judgement of random views, and the surface's regularity there; also return the views."""
-        rays_o, rays_d = cameras.rays()
+        """The guidance's judgement of random views, and the surface's regularity there; also return the views.
+
+        Args:
+            rays: of the cameras, where they are known.
+        """
+        rays_o, rays_d = rays or cameras.rays()
         draw = torch.rand((), generator=host_generator(generator)).item()
         ambient = self.ambient_ratio_min + (1.0 - self.ambient_ratio_min) * draw
         out = self._render(cameras, rays_o, rays_d, step, generator, shading=None, ambient_ratio=ambient)

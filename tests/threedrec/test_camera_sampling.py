@@ -123,3 +123,18 @@ def test_a_single_number_stands_for_all_stages():
 def test_impossible_configurations_name_their_key(change: dict, message: str):
     with pytest.raises(InputError, match=message):
         RandomCameraConfig(**change)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lights", ["dreamfusion", "magic3d", "headlight"])
+def test_to_draw_cameras_never_waits_for_the_device(lights):
+    sampler = RandomCameraSampler(RandomCameraConfig(batch_size=4, light_sample_strategy=lights))
+    generator = torch.Generator("cuda").manual_seed(0)
+    sampler(0, generator).rays()  # what is loaded at its first use may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        cameras = sampler(1, generator)
+        rays = cameras.rays()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert cameras.c2w.is_cuda and rays[1].isfinite().all()

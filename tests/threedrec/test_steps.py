@@ -39,6 +39,17 @@ def test_the_host_waits_for_samples_before_the_guidance_works_or_beside_it(tmp_p
     assert order == ["mark", "samples", "guidance", "beside", "samples", "together"]
 
 
+def test_views_drawn_ahead_are_those_of_their_step(tmp_path):
+    run = Reconstruction(tiny_config(write_inputs(tmp_path)), tmp_path / "run", "cpu")._open()
+    ahead, resumed = Distillation(run), Distillation(run)
+    ahead(0)
+    assert ahead._ahead is not None and ahead._ahead[0] == 1 and resumed._ahead is None
+    (cameras, rays), (expected, expected_rays) = ahead._views(1), resumed._views(1)
+    assert torch.equal(cameras.c2w, expected.c2w) and torch.equal(rays[1], expected_rays[1])
+    assert torch.equal(cameras.light_positions, expected.light_positions)
+    assert not torch.equal(cameras.c2w, ahead._views(2)[0].c2w)
+
+
 def test_the_photograph_gives_the_same_losses_whether_its_samples_were_counted_before(tmp_path):
     run = Reconstruction(tiny_config(write_inputs(tmp_path)), tmp_path / "run", "cpu")._open()
     supervision, support = Distillation(run).supervision, run.support.resized(16, 16)

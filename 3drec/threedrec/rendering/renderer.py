@@ -39,7 +39,9 @@ KEPT_SHARE = 64
 MIN_TRANSMITTANCE = 1e-4
 """Share of the light that must reach a sample for it to be seen."""
 LOOKUP_CHUNK = 2**20
-"""Points per call on a GPU where nothing is kept for a backward pass, with Triton kernels: about 1 GB."""
+"""Points per call on a GPU where nothing is kept for a backward pass, with Triton kernels, at least: about 1 GB."""
+LOOKUP_SHARE = 32
+"""Or as many as this part of a GPU's memory holds, up to four times as many: a call costs the host a dozen launches."""
 
 
 class Samples(NamedTuple):
@@ -391,7 +393,10 @@ class VolumeRenderer(nn.Module):
     def _lookup_chunk(self, device: torch.device) -> int:
         """Points per call where nothing is kept for a backward pass."""
         size = self.config.eval_chunk_size
-        return max(size, LOOKUP_CHUNK) if self._has_kernels(device) else size
+        if not self._has_kernels(device):
+            return size
+        memory = torch.cuda.get_device_properties(device).total_memory
+        return max(size, LOOKUP_CHUNK * min(4, max(1, memory // (LOOKUP_SHARE * 10**9))))
 
     def _has_kernels(self, device: torch.device) -> bool:
         """Whether the field's encoding, which takes most of the memory in plain PyTorch, works by Triton kernels."""
