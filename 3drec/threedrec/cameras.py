@@ -221,7 +221,5 @@ def _world_up(positions: Float[Tensor, "B 3"]) -> Float[Tensor, "B 3"]:
 
 
 def _axis(number: int, like: Tensor) -> Float[Tensor, " 3"]:
-    """Return a unit vector; nothing is copied to the device, for which the host would wait."""
-    axis = like.new_zeros(3)
-    axis[number] = 1.0
-    return axis
+    """Return a unit vector; no number is copied to the device, for which the host would wait."""
+    return (torch.arange(3, device=like.device) == number).to(like.dtype)

@@ -21,8 +21,10 @@ def test_on_a_cpu_everything_is_done_in_its_turn():
 def test_work_beside_waits_for_what_was_marked_and_not_for_what_came_later():
     device, done = torch.device("cuda"), torch.cuda.Event()
     beside, values = Beside(device), torch.zeros(2**20, device=device)
-    with beside():  # the first use of a stream may wait
-        values.sum().item()
+    with beside():  # kernels and memory that are used for the first time may have to wait for the device
+        (values * 2.0).sum().item()
+    torch.cuda._sleep(1)
+    torch.cuda.synchronize()
     torch.cuda._sleep(LONG)
     values += 1.0
     beside.mark()
