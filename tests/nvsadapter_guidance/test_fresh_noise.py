@@ -54,7 +54,9 @@ def test_noise_is_drawn_anew_at_every_call_for_every_group(model: NVSModel) -> N
 
 def test_only_the_noise_is_encoded_again(model: NVSModel) -> None:
     conditions, rows = conditions_of(model), []
-    hook = model.network.unet.time_embedding.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
+    hook = model.network.unet.time_embedding.register_forward_hook(
+        lambda module, inputs, output: rows.append(len(inputs[0]))
+    )
     predict(model, conditions, 3.0)
     predict(model, conditions, 1.0)
     hook.remove()

@@ -305,6 +305,27 @@ def test_a_normal_in_one_kernel_is_the_definition_and_trains_like_it(bias: float
     assert error <= (1e-4 if REAL else 1e-12) * torch.linalg.vector_norm(want_grad[0])
 
 
+@pytest.mark.parametrize("bias", ["blob_magic3d", "blob_dreamfusion", 2.0])
+@pytest.mark.parametrize("count", [0, COUNT])
+def test_a_density_in_one_kernel_is_the_definition_and_trains_like_it(bias: float | str, count: int, poison):
+    from threedrec.field.density_kernel import density_triton
+
+    volume = ImplicitVolume(ImplicitVolume.Config(density_bias=bias)).to(DEVICE)
+    x = 2.0 * points(count).double() - 1.0
+    raw = (30.0 * torch.randn(count, 1, device=DEVICE, dtype=torch.float64)).requires_grad_(True)
+    short = raw.detach().to(KIND).requires_grad_(True)
+    got = density_triton(short, x.to(KIND), 1.0, bias, 10.0, 0.5)
+    want = torch.nn.functional.softplus(raw + volume._bias(x)) * volume._inside(x)
+    assert count == 0 or (0 < int((want == 0).sum()) < count and float(want.detach().min()) == 0.0)
+    # Also the smallest: relative to each, but for what float32 rounds of the sum with the bias.
+    torch.testing.assert_close(got.double(), want, rtol=1e-4 if REAL else 1e-9, atol=1e-37)
+    pull = torch.randn_like(want)
+    got_grad, want_grad = torch.autograd.grad(got, short, pull.to(KIND)), torch.autograd.grad(want, raw, pull)
+    torch.testing.assert_close(got_grad[0].double(), want_grad[0], rtol=1e-4 if REAL else 1e-9, atol=1e-30)
+    lost = torch.full_like(short[:1], torch.nan)
+    assert density_triton(lost, x[:1].to(KIND), 1.0, bias, 10.0, 0.5).isnan().all()
+
+
 @pytest.mark.parametrize("sums", [True], ids=["fixed-sums"], indirect=True)
 def test_a_field_repeats_itself_under_deterministic_algorithms(sums):
     field, _ = volumes(network={"backend": "triton"}, n_features_per_level=8)

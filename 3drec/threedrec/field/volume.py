@@ -137,7 +137,18 @@ class ImplicitVolume(nn.Module):
         return (points.abs() <= self.config.radius).all(dim=-1, keepdim=True)
 
     def _activated(self, points: Tensor, raw: Tensor) -> Tensor:
+        config = self.config
+        if config.density_activation == "softplus" and not points.requires_grad and self._has_kernels(points):
+            from threedrec.field.density_kernel import density_triton
+
+            blob = (config.density_bias, config.density_blob_scale, config.density_blob_std)
+            return density_triton(raw, points, config.radius, *blob)
         return self.density_activation(raw + self._bias(points)) * self._inside(points)
+
+    def _has_kernels(self, points: Tensor) -> bool:
+        """Whether what lies around the lookup has kernels here, as the lookup itself has."""
+        backend = self.config.pos_encoding_config.backend
+        return use_triton(backend, points.device, None, "geometry.pos_encoding_config")
 
     def _bias(self, points: Tensor) -> Tensor | float:
         """Return the blob, (N, 1): Magic3D's s (1 - |x| / d) or DreamFusion's s exp(-|x|^2 / 2 d^2)."""
@@ -163,9 +174,8 @@ class ImplicitVolume(nn.Module):
         scales the gradient and leaves its direction.
         """
         raw, outer = self.density_network.with_gradient(encoded)
-        config, encoding = self.config, self.config.pos_encoding_config
-        pulled, factor = pull(outer), 0.5 / config.radius
-        if use_triton(encoding.backend, points.device, None, "geometry.pos_encoding_config"):
+        config, pulled, factor = self.config, pull(outer), 0.5 / self.config.radius
+        if self._has_kernels(points):
             from threedrec.field.normal_kernel import normal_triton
 
             blob = (config.density_bias, config.density_blob_scale, config.density_blob_std)
