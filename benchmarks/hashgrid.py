@@ -201,7 +201,9 @@ def choices(name: str, settings: dict[str, Any]) -> Iterator[tuple[dict[str, Any
         return
     groups: list[dict[str, Any]] = [{}]
     if "GROUP" in settings:
-        groups = [{"GROUP": group} for group in (1, 4, 16)]
+        groups = [{"GROUP": group} for group in (1, 2, 4, 8, 16)]
+    if "RUN" in settings:
+        groups = [group | {"RUN": run} for group in groups for run in (1, 2, 4)]
     # Two lanes work for a point: each thread has one, two or four of them.
     shapes = ((64, 2), (64, 4), (128, 4), (128, 8), (256, 8))
     for (block, warps), group in itertools.product(shapes, groups):

@@ -210,9 +210,10 @@ def _folded_call(
 
 def query_rays(model: NVSModel, support: Poses, query: Poses) -> Float[Tensor, "G n R h w"]:
     """Embedding of the rays of query views ``(G, n)`` relative to one support view, a batch of one."""
-    front, views = (
-        look_at(poses.azimuth, poses.elevation, poses.distance, model.convention) for poses in (support, query)
-    )
+    # All cameras at once: on a GPU the many small steps take as long for one of them as for all.
+    angles = [torch.cat((getattr(support, angle), getattr(query, angle).flatten())) for angle in _ANGLES]
+    front, views = look_at(*angles, model.convention).split((1, query.azimuth.numel()))
+    views = views.unflatten(0, query.azimuth.shape)
     size = model.config.image_size
     embedding = model.network.adapter.config.rays
     return embedding(views, model.config.fov_deg, (size, size), model.latent_stride, model.convention, front)

@@ -140,7 +140,7 @@ def test_each_way_to_the_table_works_alone_and_again():
 def test_any_number_of_points_in_any_groups_of_levels(count: int, group: int, sums, monkeypatch, poison):
     from threedrec.field import hashgrid_triton
 
-    small = {"BLOCK": 16, "GROUP": group, "num_warps": 1}
+    small = {"BLOCK": 16, "GROUP": group, "RUN": 2, "num_warps": 1}
     for name in hashgrid_triton.LAUNCH:
         monkeypatch.setitem(hashgrid_triton.LAUNCH, name, {k: small[k] for k in hashgrid_triton.LAUNCH[name]})
     x, table = points(count), new_table()
@@ -180,6 +180,30 @@ def test_layouts_of_inputs_do_not_matter():
     expected = jacobian_plain(x, table, LEVELS).sum(1)
     assert_close(linked.pull(g), expected)
     assert_close(torch.autograd.grad(want.sum(), table)[0], torch.autograd.grad(linked.features.sum(), table)[0])
+
+
+@pytest.mark.parametrize("run", [2, 3, 4])
+@pytest.mark.parametrize("slopes", [True, False])
+@pytest.mark.parametrize("count", [2, COUNT])
+def test_points_along_rays_add_up_together_to_what_they_add_alone(
+    run: int, slopes: bool, count: int, sums, monkeypatch
+):
+    from threedrec.field.hashgrid_triton import LAUNCH, scatter
+
+    # Eight to a cell of the coarse level, and now and then the next ray, far away.
+    along = torch.arange(count, device=DEVICE, dtype=KIND)[:, None] / 25.0
+    x = (along * torch.tensor([1.0, 0.6, 0.3], device=DEVICE, dtype=KIND)) % 1.0
+    grad, pull, tangent = (torch.randn(count, width, device=DEVICE, dtype=KIND) for width in (4, 4, 3))
+    found = {}
+    for length in (1, run):
+        monkeypatch.setitem(LAUNCH["scatter"], "RUN", length)
+        others = (pull, tangent) if slopes else (None, None)
+        found[length] = scatter(x, grad, *others, grid_of(new_table()), (ROWS, 2))
+    assert found[1].abs().max() > 0
+    if sums:
+        assert torch.equal(found[1], found[run])
+    else:
+        assert_close(found[run], found[1])
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")

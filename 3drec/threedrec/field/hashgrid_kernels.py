@@ -242,10 +242,61 @@ def pull_kernel(
     tl.store(out + index * 3 + 2, point_sums(along_z, BLOCK), mask=within)
 
 
+@triton.jit
+def push_of_edge(
+    even, steep, tangent_y, tangent_z, fraction_y, fraction_z,
+    edge: tl.constexpr, SLOPES: tl.constexpr, FIXED: tl.constexpr,
+):  # fmt: skip
+    """Return what the ends of an edge receive."""
+    y, z = near_far(fraction_y, edge & 1), near_far(fraction_z, edge >> 1)
+    push = (y * z)[:, None] * even
+    if SLOPES:
+        push += across_edge(tangent_y, tangent_z, y, z, edge)[:, None] * steep
+    if FIXED:
+        push = push.to(tl.int64)
+    return push
+
+
+@triton.jit
+def pushes_of_point(
+    points, grads, pulls, tangents, index, inside, level, channel, end, scale, factor,
+    LEVELS: tl.constexpr, CHANNELS: tl.constexpr, VALUES: tl.constexpr, SLOPES: tl.constexpr, FIXED: tl.constexpr,
+):  # fmt: skip
+    """Return the cell of each lane's point, three numbers, and what the ends of its four edges receive."""
+    kind: tl.constexpr = points.dtype.element_ty
+    cell_x, cell_y, cell_z, fraction_x, fraction_y, fraction_z = locate(points, index, inside, scale)
+    weight_x, sign = along_edge(end, fraction_x)
+    at = index[:, None] * (LEVELS * CHANNELS) + level * CHANNELS + channel
+    # What the weight y z of an edge multiplies, and what its slope does.
+    even = tl.zeros(channel.shape, dtype=kind)
+    if VALUES:
+        even += weight_x[:, None] * (tl.load(grads + at, mask=inside[:, None], other=0.0).to(kind) * factor)
+    steep, tangent_y, tangent_z = even, weight_x, weight_x
+    if SLOPES:
+        tangent_x, tangent_y, tangent_z = load_vector(tangents, index, inside)
+        pull = tl.load(pulls + at, mask=inside[:, None], other=0.0).to(kind) * (factor * scale)
+        even += (sign * tangent_x)[:, None] * pull
+        steep = weight_x[:, None] * pull
+    push_0 = push_of_edge(even, steep, tangent_y, tangent_z, fraction_y, fraction_z, 0, SLOPES, FIXED)
+    push_1 = push_of_edge(even, steep, tangent_y, tangent_z, fraction_y, fraction_z, 1, SLOPES, FIXED)
+    push_2 = push_of_edge(even, steep, tangent_y, tangent_z, fraction_y, fraction_z, 2, SLOPES, FIXED)
+    push_3 = push_of_edge(even, steep, tangent_y, tangent_z, fraction_y, fraction_z, 3, SLOPES, FIXED)
+    return cell_x, cell_y, cell_z, push_0, push_1, push_2, push_3
+
+
+@triton.jit
+def add_to_edge(
+    sums, end, cell_x, cell_y, cell_z, edge: tl.constexpr, shape, channel, push, mask, CHANNELS: tl.constexpr
+):
+    """Add to the table's rows at the lanes' ends of an edge."""
+    target = end_row(end, cell_x, cell_y, cell_z, edge, shape)[:, None] * CHANNELS + channel
+    tl.atomic_add(sums + target, push, mask=mask[:, None], sem="relaxed")
+
+
 @triton.jit(do_not_specialize=["count", "opened"])
 def scatter_kernel(
     points, grads, pulls, tangents, unit, sums, scales, numbers, count, opened,
-    LEVELS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    LEVELS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, RUN: tl.constexpr,
     VALUES: tl.constexpr, SLOPES: tl.constexpr, FIXED: tl.constexpr,
 ):  # fmt: skip
     """``sums`` (T, CHANNELS) += what every corner receives: w ``grads`` (``VALUES``) and (w' . v) g (``SLOPES``).
@@ -253,43 +304,49 @@ def scatter_kernel(
     w is the corner's weight, w' its slope, v a row of ``tangents`` (N, 3), g a row of ``pulls``. ``FIXED``: sums are
     64-bit integers, in units of 1 / ``unit[0]``, and do not depend on the order of addition. A lane adds a row's
     float32 at once, of integers each lane adds one: what lies together goes out together.
+
+    A lane works for ``RUN`` points that follow each other. Along a ray many of them share a cell of a coarse level;
+    what they add to it goes out as one sum.
     """
     columns: tl.constexpr = 1 if FIXED else CHANNELS
     lanes: tl.constexpr = 2 * BLOCK * (CHANNELS // columns)
-    index, exists, group = points_of_program(count, BLOCK, lanes, True)
+    run, _, group = points_of_program(tl.cdiv(count, RUN), BLOCK, lanes, True)
     kind: tl.constexpr = points.dtype.element_ty
     lane = tl.arange(0, lanes)
     end = lane // (CHANNELS // columns) % 2
     # A remainder would tell the compiler that channels follow each other, and it gave a thread several in turn.
     channel = (lane & (CHANNELS // columns - 1))[:, None] + tl.arange(0, columns)[None, :]
     factor = tl.load(unit).to(kind) if FIXED else 1.0
-    if SLOPES:
-        tangent_x, tangent_y, tangent_z = load_vector(tangents, index, exists)
+    index = run * RUN
     for member in range(GROUP):
         level = group * GROUP + member
-        inside = exists & (level < opened)
+        inside = (index < count) & (level < opened)
         known = tl.minimum(level, LEVELS - 1)
         scale, shape = tl.load(scales + known).to(kind), shape_of(numbers, known)
-        cell_x, cell_y, cell_z, fraction_x, fraction_y, fraction_z = locate(points, index, inside, scale)
-        weight_x, sign = along_edge(end, fraction_x)
-        at = index[:, None] * (LEVELS * CHANNELS) + level * CHANNELS + channel
-        # What the weight y z of an edge multiplies, and what its slope does.
-        even = tl.zeros([lanes, columns], dtype=kind)
-        if VALUES:
-            even += weight_x[:, None] * (tl.load(grads + at, mask=inside[:, None], other=0.0).to(kind) * factor)
-        if SLOPES:
-            pull = tl.load(pulls + at, mask=inside[:, None], other=0.0).to(kind) * (factor * scale)
-            even += (sign * tangent_x)[:, None] * pull
-            steep = weight_x[:, None] * pull
-        for edge in tl.static_range(4):
-            y, z = near_far(fraction_y, edge & 1), near_far(fraction_z, edge >> 1)
-            push = (y * z)[:, None] * even
-            if SLOPES:
-                push += across_edge(tangent_y, tangent_z, y, z, edge)[:, None] * steep
-            if FIXED:
-                push = push.to(tl.int64)
-            target = end_row(end, cell_x, cell_y, cell_z, edge, shape)[:, None] * CHANNELS + channel
-            tl.atomic_add(sums + target, push, mask=inside[:, None], sem="relaxed")
+        x, y, z, push_0, push_1, push_2, push_3 = pushes_of_point(
+            points, grads, pulls, tangents, index, inside, level, channel, end, scale, factor,
+            LEVELS, CHANNELS, VALUES, SLOPES, FIXED,
+        )  # fmt: skip
+        for place in tl.static_range(1, RUN):
+            follows = inside & (index + place < count)
+            next_x, next_y, next_z, next_0, next_1, next_2, next_3 = pushes_of_point(
+                points, grads, pulls, tangents, index + place, follows, level, channel, end, scale, factor,
+                LEVELS, CHANNELS, VALUES, SLOPES, FIXED,
+            )  # fmt: skip
+            moved = follows & ((next_x != x) | (next_y != y) | (next_z != z))
+            add_to_edge(sums, end, x, y, z, 0, shape, channel, push_0, moved, CHANNELS)
+            add_to_edge(sums, end, x, y, z, 1, shape, channel, push_1, moved, CHANNELS)
+            add_to_edge(sums, end, x, y, z, 2, shape, channel, push_2, moved, CHANNELS)
+            add_to_edge(sums, end, x, y, z, 3, shape, channel, push_3, moved, CHANNELS)
+            x, y, z = tl.where(moved, next_x, x), tl.where(moved, next_y, y), tl.where(moved, next_z, z)
+            push_0 = tl.where(moved[:, None], next_0, push_0 + next_0)
+            push_1 = tl.where(moved[:, None], next_1, push_1 + next_1)
+            push_2 = tl.where(moved[:, None], next_2, push_2 + next_2)
+            push_3 = tl.where(moved[:, None], next_3, push_3 + next_3)
+        add_to_edge(sums, end, x, y, z, 0, shape, channel, push_0, inside, CHANNELS)
+        add_to_edge(sums, end, x, y, z, 1, shape, channel, push_1, inside, CHANNELS)
+        add_to_edge(sums, end, x, y, z, 2, shape, channel, push_2, inside, CHANNELS)
+        add_to_edge(sums, end, x, y, z, 3, shape, channel, push_3, inside, CHANNELS)
 
 
 @triton.jit(do_not_specialize=["count"])

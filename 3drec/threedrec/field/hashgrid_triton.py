@@ -36,7 +36,7 @@ LAUNCH: dict[str, dict[str, Any]] = {
     "tangent": {"BLOCK": 64, "GROUP": 4, "num_warps": 4},
     "pull": {"BLOCK": 256, "num_warps": 8},
     "bound": {"BLOCK": 128, "num_warps": 4},
-    "scatter": {"BLOCK": 128, "GROUP": 4, "num_warps": 8},
+    "scatter": {"BLOCK": 128, "GROUP": 4, "RUN": 1, "num_warps": 8},
 }
 """Points and levels per program, and threads, by measurement (``benchmarks/hashgrid.py --sweep``)."""
 
@@ -82,7 +82,7 @@ class Grid(NamedTuple):
         if len(points) == 0:
             return
         settings = LAUNCH[name] | flags
-        programs = -(-len(points) // settings["BLOCK"])
+        programs = -(-len(points) // (settings["BLOCK"] * settings.get("RUN", 1)))
         if "GROUP" in settings:
             programs *= -(-len(self.levels) // settings["GROUP"])
         numbers = pyramid(self.levels, points.device)
