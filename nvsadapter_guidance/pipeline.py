@@ -211,8 +211,11 @@ def _folded_call(
 def query_rays(model: NVSModel, support: Poses, query: Poses) -> Float[Tensor, "G n R h w"]:
     """Embedding of the rays of query views ``(G, n)`` relative to one support view, a batch of one."""
     # All cameras at once: on a GPU the many small steps take as long for one of them as for all.
-    angles = [torch.cat((getattr(support, angle), getattr(query, angle).flatten())) for angle in _ANGLES]
-    front, views = look_at(*angles, model.convention).split((1, query.azimuth.numel()))
+    azimuth, elevation, distance = (
+        torch.cat((getattr(support, angle), getattr(query, angle).flatten())) for angle in _ANGLES
+    )
+    poses = look_at(azimuth, elevation, distance, model.convention)
+    front, views = poses.split((1, len(poses) - 1))
     views = views.unflatten(0, query.azimuth.shape)
     size = model.config.image_size
     embedding = model.network.adapter.config.rays
