@@ -34,14 +34,15 @@ TRITON_BYTES = {True: 1400, False: 2800}
 """Of a point's graph and of what its backward pass adds, with normals and two layers of 64 neurons, for both cases."""
 OPAQUE = 0.99
 """From there on a ray of a picture needs no second look."""
-KEPT_SHARE = 64
+KEPT_SHARE = 32
 """The lookups of parts whose graph is not held are kept, up to this part of a GPU's memory."""
 MIN_TRANSMITTANCE = 1e-4
 """Share of the light that must reach a sample for it to be seen."""
 LOOKUP_CHUNK = 2**20
-"""Points per call on a GPU where nothing is kept for a backward pass, with Triton kernels, at least: about 1 GB."""
-LOOKUP_SHARE = 32
-"""Or as many as this part of a GPU's memory holds, up to four times as many: a call costs the host a dozen launches."""
+"""Points per call on a GPU where nothing is kept for a backward pass, with Triton kernels: about 1 GB."""
+LOOKUP_AT_ONCE = 4
+"""So many times as many go into one call if there are no more, and if each GB is at most a 32nd of the GPU's memory:
+few points are done before the host has launched their kernels."""
 
 
 class Samples(NamedTuple):
@@ -336,7 +337,8 @@ class VolumeRenderer(nn.Module):
         return use_triton(self.config.backend, device, None, "renderer")
 
     def _densities(self, points: Float[Tensor, "N 3"]) -> Float[Tensor, " N"]:
-        parts = [self.geometry.density(part)[:, 0] for part in points.split(self._lookup_chunk(points.device))]
+        size = self._lookup_chunk(points.device, len(points))
+        parts = [self.geometry.density(part)[:, 0] for part in points.split(size)]
         return torch.cat(parts)
 
     def _sums(
@@ -377,7 +379,7 @@ class VolumeRenderer(nn.Module):
             if points.is_cuda:
                 kept = torch.cuda.get_device_properties(points.device).total_memory // KEPT_SHARE
         else:
-            size = self._lookup_chunk(points.device)
+            size = self._lookup_chunk(points.device, len(points))
         return in_parts(function, points, size, self.geometry.parameters(), kept)
 
     def _train_chunk(self, points: Float[Tensor, "N 3"]) -> int:
@@ -390,13 +392,15 @@ class VolumeRenderer(nn.Module):
         memory = torch.cuda.get_device_properties(points.device).total_memory
         return min(TRITON_CHUNK[fused], memory // (16 * TRITON_BYTES[fused]))
 
-    def _lookup_chunk(self, device: torch.device) -> int:
-        """Points per call where nothing is kept for a backward pass."""
+    def _lookup_chunk(self, device: torch.device, count: int | None = None) -> int:
+        """Points per call where nothing is kept for a backward pass, of so many in all if that is known."""
         size = self.config.eval_chunk_size
         if not self._has_kernels(device):
             return size
+        size = max(size, LOOKUP_CHUNK)
         memory = torch.cuda.get_device_properties(device).total_memory
-        return max(size, LOOKUP_CHUNK * min(4, max(1, memory // (LOOKUP_SHARE * 10**9))))
+        most = LOOKUP_CHUNK * min(LOOKUP_AT_ONCE, memory // (32 * 10**9))
+        return count if count is not None and size < count <= most else size
 
     def _has_kernels(self, device: torch.device) -> bool:
         """Whether the field's encoding, which takes most of the memory in plain PyTorch, works by Triton kernels."""
